@@ -12,23 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hiplora import __version__
 from hiplora.adapters import AdapterUpdate, BaseWeights, load_for, read_update
 from hiplora.data.texts import drift_texts
 from hiplora.errors import ConfigError
 from hiplora.evaluation.drift import rounding
-from hiplora.evaluation.evaluate import FORMS, EvalSettings, Partial, collect, judge
-from hiplora.evaluation.mounting import (
-    BASE,
-    applied,
-    check_acts,
-    check_adapters,
-    load_model,
-    mounted,
-    name_adapters,
-    probe,
-    unfit_extras,
-)
+from hiplora.evaluation.evaluate import FORMS, EvalSettings, Scoring, judge
+from hiplora.evaluation.mounting import BASE, applied, mounted, name_adapters, unfit_extras
 from hiplora.evaluation.suite import Suite, read_suite
 from hiplora.evaluation.updates import measure_updates
 from hiplora.files import Inputs, check_output_dir, staged_dir
@@ -36,7 +25,6 @@ from hiplora.merging import find_rule
 from hiplora.merging.conflict import merge_report
 from hiplora.merging.merger import check_weights, merge
 from hiplora.models import load_tokenizer, resolve
-from hiplora.provenance import folder_identity, json_sha256, provenance
 
 log = logging.getLogger(__name__)
 _NO_OWNERS = (
@@ -114,53 +102,26 @@ def merge_check(
         log.warning(
             "adapter %s: no task of the suite has this name (%s), so it counts as trained for none", name, known
         )
-    engine = settings.engine(suite, load_tokenizer(model))
-    network, tokenizer = load_model(model, settings.device)
-    check_adapters(network, tokenizer, engine.prompts(), named)
-    before, merged = probe(network, tokenizer, engine.prompts()), merges[how.methods[0]]
-    with applied(network, merged) as changed:
-        on = probe(changed, tokenizer, engine.prompts())
-    check_acts(before, on, probe(network, tokenizer, engine.prompts()), merged.source)
-    plan = {
-        "kind": "merge-check",
-        "hiplora": __version__,
-        "model": [model, folder_identity(model)],
-        "adapters": {name: folder_identity(folder) for name, folder in named.items()},
-        "merge": [weights, dict(how.options), how.rank, how.base],
-        "tasks": engine.describe(),
-        "seed": settings.seed,
-    }
-    store = Partial(Path(out), plan)
-    for label in (BASE, *named, *groups):
-        if label not in store.runs:
-            # The merge of a part of the adapters is scored on their tasks only.
-            tasks = list(groups[label][1]) if label in groups and label not in how.methods else None
-            put = applied(network, merges[label]) if label in merges else mounted(network, named.get(label))
-            with put as there:
-                store.add(label, engine.score(there, tokenizer, settings.batch_size, tasks, progress=True))
-    # An unfinished check may have scored merges by other rules.
-    found = collect(engine.describe(), {label: store.runs[label] for label in (BASE, *named, *groups)})
-    record = {
-        "schema": 1,
-        "kind": "merge-check",
-        "model": model,
-        "suite": suite.name,
-        "limit": settings.limit,
-        "seed": settings.seed,
-        "adapters": {name: str(folder) for name, folder in named.items()},
-        "merge": {name: value for name, value in asdict(how).items() if name not in ("base", "sizes")},
-        **found,
-        "verdicts": {
-            method: {form: _verdict(found, owners, groups, method, form, settings.seed) for form in FORMS}
-            for method in how.methods
-        },
-        "provenance": provenance(plan_sha256=json_sha256(plan)),
+    how_merged = [weights, dict(how.options), how.rank, how.base]
+    scoring = Scoring("merge-check", model, named, suite, settings, Path(out), merge=how_merged)
+    network, merged = scoring.network, merges[how.methods[0]]
+    scoring.check({merged.source: applied(network, merged)})
+    for name in (BASE, *named):
+        scoring.add(name, mounted(network, named.get(name)))
+    for label, (_, names) in groups.items():
+        # The merge of a part of the adapters is scored on their tasks only.
+        scoring.add(label, applied(network, merges[label]), None if label in how.methods else names)
+    record = scoring.results((BASE, *named, *groups))
+    record["merge"] = {name: value for name, value in asdict(how).items() if name not in ("base", "sizes")}
+    record["verdicts"] = {
+        method: {form: _verdict(record, owners, groups, method, form, settings.seed) for form in FORMS}
+        for method in how.methods
     }
     report = merge_report(updates, list(weights.values()), record["merge"])
     with staged_dir(out, overwrite) as folder:
         (folder / "merge-check.json").write_text(json.dumps(record, indent=1))
         save_merge_page(folder / "report.html", report, record)
-    store.remove()
+    scoring.store.remove()
     return record
 
 

@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from hiplora.study.context import Context, Place
 from hiplora.study.execute import run_job
 from hiplora.study.jobs import KINDS, Job
 from hiplora.study.pico import PICO_DATA
+from hiplora.study.steps import Context
+from hiplora.study.store import Place
 
 pytestmark = pytest.mark.slow
 LORA = {"name": "lora", "r": 4, "lora_alpha": 8}

@@ -3,7 +3,8 @@
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,37 +76,63 @@ def evaluate(
     named = name_adapters(adapters)
     inputs: dict[str, Any] = {"the base model": model, **{f"adapter {name}": folder for name, folder in named.items()}}
     path = check_output_file(out, overwrite, inputs=inputs)
-    suite = read_suite(settings.suite, settings.folder)
-    engine = settings.engine(suite, load_tokenizer(model))
-    network, tokenizer = load_model(model, settings.device)
-    check_adapters(network, tokenizer, engine.prompts(), named)
-    plan = {
-        "kind": "evaluation",
-        "hiplora": __version__,
-        "model": [model, folder_identity(model)],
-        "adapters": {name: folder_identity(folder) for name, folder in named.items()},
-        "tasks": engine.describe(),
-        "seed": settings.seed,
-    }
-    store = Partial(path, plan)
+    scoring = Scoring("evaluation", model, named, read_suite(settings.suite, settings.folder), settings, path)
     for name in (BASE, *named):
-        if name not in store.runs:
-            with mounted(network, named.get(name)) as scored:
-                store.add(name, engine.score(scored, tokenizer, settings.batch_size, progress=True))
-    results = {
-        "schema": 1,
-        "kind": "evaluation",
-        "model": model,
-        "suite": suite.name,
-        "limit": settings.limit,
-        "seed": settings.seed,
-        "adapters": {name: str(folder) for name, folder in named.items()},
-        **collect(engine.describe(), store.runs),
-        "provenance": provenance(plan_sha256=json_sha256(plan)),
-    }
+        scoring.add(name, mounted(scoring.network, named.get(name)))
+    results = scoring.results((BASE, *named))
     write_atomic(path, json.dumps(results, indent=1))
-    store.remove()
+    scoring.store.remove()
     return results
+
+
+class Scoring:
+    """A base model with what is put on it, model by model scored on the same items; done scores are kept beside `out`.
+
+    `merge` is what else the scores depend on. AdapterError as of `evaluate`.
+    """
+
+    def __init__(
+        self, kind: str, model: str, named: Mapping[str, Path], suite: Suite, settings: EvalSettings, out: Path,
+        **merge: Any,
+    ):  # fmt: skip
+        self.engine, self._batch = settings.engine(suite, load_tokenizer(model)), settings.batch_size
+        self.network, self.tokenizer = load_model(model, settings.device)
+        self.check({name: mounted(self.network, folder) for name, folder in named.items()})
+        plan = {
+            "kind": kind,
+            "hiplora": __version__,
+            "model": [model, folder_identity(model)],
+            "adapters": {name: folder_identity(folder) for name, folder in named.items()},
+            **merge,
+            "tasks": self.engine.describe(),
+            "seed": settings.seed,
+        }
+        self.store = Partial(out, plan)
+        self._told = {
+            "schema": 1,
+            "kind": kind,
+            "model": model,
+            "suite": suite.name,
+            "limit": settings.limit,
+            "seed": settings.seed,
+            "adapters": {name: str(folder) for name, folder in named.items()},
+            "provenance": provenance(plan_sha256=json_sha256(plan)),
+        }
+
+    def check(self, puts: Mapping[str, AbstractContextManager[Any]]) -> None:
+        """Check that what is put on the base acts, and comes off again."""
+        check_adapters(self.network, self.tokenizer, self.engine.prompts(), puts)
+
+    def add(self, name: str, put: AbstractContextManager[Any], tasks: Sequence[str] | None = None) -> None:
+        """Score what `put` puts on the base, on all tasks or some, unless its scores are known."""
+        if name not in self.store.runs:
+            with put as scored:
+                scores = self.engine.score(scored, self.tokenizer, self._batch, tasks, progress=True)
+            self.store.add(name, scores)
+
+    def results(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return the results file of these models; an unfinished call may have scored others."""
+        return self._told | collect(self.engine.describe(), {name: self.store.runs[name] for name in names})
 
 
 class Partial:

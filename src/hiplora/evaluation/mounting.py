@@ -4,6 +4,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -174,17 +175,21 @@ def probe(network: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     return torch.cat(found)
 
 
-def check_adapters(network: Any, tokenizer: Any, prompts: Sequence[str], adapters: Mapping[str, Path]) -> None:
-    """Check on a few prompts that each adapter changes the logits, and that the base comes back (`check_acts`)."""
+def check_adapters(
+    network: Any, tokenizer: Any, prompts: Sequence[str], puts: Mapping[str, AbstractContextManager[Any]]
+) -> None:
+    """Check on a few prompts that what is put on the base (`mounted`, `applied`) acts, and that the base comes back.
+
+    AdapterError if logits with it off are not the base's bit for bit, or with it on they are.
+    """
     base = probe(network, tokenizer, prompts)
-    for name, folder in adapters.items():
-        with mounted(network, folder) as adapted:
+    for name, put in puts.items():
+        with put as adapted:
             on = probe(adapted, tokenizer, prompts)
-        check_acts(base, on, probe(network, tokenizer, prompts), name)
+        _check_acts(base, on, probe(network, tokenizer, prompts), name)
 
 
-def check_acts(base: Tensor, on: Tensor, off: Tensor, name: str) -> None:
-    """Raise AdapterError if logits with an adapter off are not the base's bit for bit, or with it on they are."""
+def _check_acts(base: Tensor, on: Tensor, off: Tensor, name: str) -> None:
     if not torch.equal(base, off):
         raise AdapterError(
             f"{name}: with the adapter off the model is not the base bit for bit, so its scores could not be "

@@ -10,9 +10,8 @@ from hiplora.data.rows import is_hub_name
 from hiplora.evaluation.suite import own_tasks
 from hiplora.evaluation.tasks.rows import data_file
 from hiplora.provenance import file_sha256, folder_identity
-from hiplora.study.context import Place, located
 from hiplora.study.jobs import KINDS, Graph, Job, result
-from hiplora.study.store import Store
+from hiplora.study.store import Place, Store
 from hiplora.training import TrainRecipe
 from hiplora.training.baselines.hiplora import PAPER, Spectral
 
@@ -189,7 +188,7 @@ class Study:
 
     def hashes(self, names: Iterable[str | None]) -> dict[str, str | None]:
         """Return name → hash for files of the data folder; None for hub data sets and missing files."""
-        found = {name: self._hash(Path(located(name, self.place.data))) for name in names if name is not None}
+        found = {name: self._hash(Path(self.place.located(name))) for name in names if name is not None}
         self.missing |= {name: None for name, known in found.items() if known is None and not is_hub_name(name)}
         return found
 

@@ -1,22 +1,26 @@
 """Run a study's jobs: in processes of this machine, or as tasks of a Ray cluster; both do one job by `run_job`."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hiplora.errors import ConfigError, HipLoraError, first_line
 from hiplora.extras import require
-from hiplora.study.context import Context, Place, start_child
 from hiplora.study.jobs import DIVERGED, KINDS, Graph, Job, filled
-from hiplora.study.store import Store
+from hiplora.study.store import Place, Store
+
+if TYPE_CHECKING:  # imports torch, whose threads a worker sets first
+    from hiplora.study.steps import Context
 
 PAUSE = 0.3  # seconds between two looks at jobs that other runs hold
 LOST = (
@@ -77,7 +81,7 @@ def run_graph(
         pool.close(interrupted=bool(running))
 
 
-def run_job(job: Job, context: Context) -> str:
+def run_job(job: Job, context: "Context") -> str:
     """Do one job whose needs are finished; return "done", "failed" (the reason is stored), or "busy" elsewhere."""
     store = context.store
     with store.claimed(job) as mine:
@@ -94,8 +98,8 @@ def run_job(job: Job, context: Context) -> str:
     return "done"
 
 
-def _do(job: Job, context: Context) -> None:
-    from hiplora.study.steps import STEPS  # imports torch, whose threads are set by then
+def _do(job: Job, context: "Context") -> None:
+    from hiplora.study.steps import STEPS
 
     began, store, kind = time.perf_counter(), context.store, KINDS[job.kind]
     results = {name: store.result(need) or {} for name, need in job.needs.items()}
@@ -112,14 +116,16 @@ def _do(job: Job, context: Context) -> None:
     store.finish(job, found, {"seconds": time.perf_counter() - began, **timing}, artifact=kind.makes)
 
 
-_context: Context | None = None  # of this process, if it is a worker
+@functools.lru_cache(maxsize=1)
+def _context(place: Place) -> "Context":
+    """What a worker keeps between jobs."""
+    from hiplora.study.steps import Context
+
+    return Context(place)
 
 
 def _work(job: Job, place: Place) -> str:
-    global _context
-    if _context is None or _context.place != place:
-        _context = Context(place)
-    return run_job(job, _context)
+    return run_job(job, _context(place))
 
 
 class _Processes:
@@ -144,6 +150,19 @@ class _Processes:
             process.terminate()  # files are whole or absent, so an interrupted job loses nothing it stored
         for pool in self._pools.values():
             pool.shutdown(cancel_futures=True)
+
+
+def start_child() -> None:
+    """Prepare a process that was started for jobs: quiet, and ended when its parent ends, however that ended."""
+
+    def exit_with_parent() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    os.environ["TQDM_DISABLE"] = "1"  # the study has one bar
+    os.dup2(2, 1)  # libraries print to standard error, which leaves standard output to --json
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _start_worker(slot: int, workers: int) -> None:

@@ -12,10 +12,10 @@ from hiplora.errors import ConfigError, DataError, first_problem
 from hiplora.evaluation.suite import own_tasks, runs_code
 from hiplora.merging import find_rule
 from hiplora.study.builder import Study
-from hiplora.study.context import Context, Place
 from hiplora.study.jobs import Job
 from hiplora.study.pico import PICO, PICO_DATA
 from hiplora.study.recipe import StudyRecipe
+from hiplora.study.store import Place
 
 ONE_BATCH = 8  # items that are scored to measure an item's time
 
@@ -137,7 +137,7 @@ def measure(study: Study) -> dict[str, float]:
 
     Returns the seconds of a step under `train`, those of an item under `evaluate` and `merge`, and `peak_memory_bytes`.
     """
-    from hiplora.study.steps import placed_recipe, score, timed
+    from hiplora.study.steps import Context, placed_recipe, score, timed
 
     context, found = Context(study.place), dict[str, float]()
     first = {job.kind: job.settings for job in reversed(list(study.graph))}

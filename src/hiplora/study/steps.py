@@ -4,6 +4,7 @@ It returns the result, which depends on the job alone, and times and memory.
 """
 
 import copy
+import itertools
 import json
 import math
 import multiprocessing
@@ -20,21 +21,26 @@ import torch
 from pydantic import TypeAdapter
 
 from hiplora.adapters import allocation_rows, energy_shares
+from hiplora.data.rows import hub_rows, is_hub_name, read_rows
 from hiplora.devices import machine_dtype, torch_dtype
 from hiplora.editing import Editor
 from hiplora.editing.edits import BUILT_IN
 from hiplora.editing.job import EditJob
 from hiplora.errors import DivergedError, HipLoraError
-from hiplora.evaluation import measure_drift
-from hiplora.evaluation.mounting import applied, holding, mounted
+from hiplora.evaluation import BaseReference, measure_drift
+from hiplora.evaluation.evaluate import EvalSettings
+from hiplora.evaluation.mounting import applied, holding, load_model, mounted
+from hiplora.evaluation.suite import suite_of
 from hiplora.merging import merge
 from hiplora.models import load
 from hiplora.probing.correlation import findings
 from hiplora.probing.run import ProbeSettings, probe_model
 from hiplora.spectral import FactorStore
+from hiplora.study import pico  # noqa: F401 - makes `pico` a known model in every worker
 from hiplora.study.builder import as_read
-from hiplora.study.context import Context, located, start_child
+from hiplora.study.execute import start_child
 from hiplora.study.jobs import DIVERGED, Job
+from hiplora.study.store import Place, Store
 from hiplora.training import TrainRecipe, train
 from hiplora.training.baselines import AnyMethod
 from hiplora.training.baselines.hiplora import Spectral
@@ -47,6 +53,59 @@ TEXTS = {"written", "written_before", "paraphrase_written", "prompt", "answer", 
 OF_MODULES = ("module", "layer", "type", "norm", "left", "right", "both", "sigma", "gains")
 Found = tuple[dict[str, Any], dict[str, Any]]
 Settings = Mapping[str, Any]
+
+
+class Context:
+    """A worker's tools, loaded on first use and kept: the base model, the engines, the reference for the drift."""
+
+    def __init__(self, place: Place):
+        self.place, self.store = place, Store(place.folder)
+        self._model: tuple[Any, Any] | None = None
+        self._engines: dict[str, Any] = {}
+        self._references: dict[str, Any] = {}
+
+    def model(self) -> tuple[Any, Any]:
+        """Return the bare base model and its tokenizer; whoever changes the model restores it."""
+        if self._model is None:
+            self._model = load_model(self.place.model)
+        return self._model
+
+    def reset(self) -> None:
+        """Drop the cached model; its state is unknown after a failure."""
+        self._model = None
+        self._references.clear()
+
+    def engine(self, tasks: Mapping[str, int | None], seed: int) -> Any:
+        """Return the evaluation engine of some tasks, each with its number of items (None: all)."""
+        key, data = json.dumps([tasks, seed]), self.place.data
+        if key not in self._engines:
+            settings = EvalSettings("study", data, None, seed, allow_code=self.place.allow_code)
+            self._engines[key] = settings.engine(suite_of("study", tasks, data), self.model()[1])
+        return self._engines[key]
+
+    def reference(self, texts: Mapping[str, str], tokens: int, window: int, documents: int | None = None) -> Any:
+        """Return the bare base's predictions on the drift texts; ask for it before the model is changed."""
+        key = json.dumps([texts, tokens, window, documents])
+        if key not in self._references:
+            contents = {name: self.text(source, documents) for name, source in texts.items()}
+            self._references[key] = BaseReference.build(*self.model(), contents, window=window, max_tokens=tokens)
+        return self._references[key]
+
+    def text(self, source: str, documents: int | None = None) -> str | list[str]:
+        """Return a drift text: all rows joined or, with `documents`, so many first rows as texts of their own.
+
+        `source` is a .txt file, FILE:FIELD+FIELD (`text` if none is named), or a data set on the hub. DataError if the
+        data set cannot be read.
+        """
+        name, _, named = source.partition(":")
+        path, fields = self.place.located(name), (named or "text").split("+")
+        if documents is None and not named and path.endswith(".txt"):
+            return Path(path).read_text(encoding="utf-8")
+        rows = hub_rows(name) if is_hub_name(path) else read_rows(Path(path))
+        texts = ["".join(row[field] for field in fields) for _, row in itertools.islice(rows, documents)]
+        if documents is not None:
+            return texts
+        return ("" if fields == ["text"] else "\n").join(texts)
 
 
 def train_adapter(context: Context, job: Job, settings: Settings) -> Found:
@@ -78,7 +137,7 @@ def placed_recipe(context: Context, recipe: Settings) -> dict[str, Any]:
     files = {"data": ("path", "held_out"), "train": ("kl_text",), "method": ("calibration_text",)}
     for block, name in ((block, name) for block, names in files.items() for name in names):
         if placed.get(block, {}).get(name) is not None:
-            placed[block][name] = located(placed[block][name], context.place.data)
+            placed[block][name] = context.place.located(placed[block][name])
     return placed
 
 
@@ -236,7 +295,7 @@ def edit(context: Context, job: Job, settings: Settings) -> Found:
     given = _given(EditJob, settings)
     given |= {"model": context.place.model, "method": method.pop("name"), "method_settings": method}
     if given["edits"] != BUILT_IN:
-        given["edits"] = located(given["edits"], context.place.data)
+        given["edits"] = context.place.located(given["edits"])
     asked = EditJob(**given)
     reference, drift = drift_reference(context, settings), None
 

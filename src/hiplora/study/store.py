@@ -1,4 +1,4 @@
-"""Where a study keeps its results: one JSON file a job, named by its key, and a lock for each job that is running.
+"""Where a study is, and keeps its results: one JSON file a job, named by its key, and a lock while the job runs.
 
 results/KEY.json     a finished job's record
 artifacts/KEY/       what later jobs read (an adapter), complete if it has the file .complete
@@ -14,6 +14,7 @@ import os
 import traceback
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,20 @@ from hiplora.errors import ConfigError, HipLoraError
 from hiplora.files import file_lock, write_atomic
 from hiplora.provenance import provenance
 from hiplora.study.jobs import DIVERGED, KINDS, Graph, Job, key_of
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study's jobs find results, model and data, and whether they may run code that the model writes."""
+
+    folder: Path
+    model: str
+    data: Path | None = None
+    allow_code: bool = False
+
+    def located(self, name: str) -> str:
+        """Return the path of a study's file: `name` in the data folder, else as it is (a path or hub name)."""
+        return str(self.data / name) if self.data is not None and (self.data / name).is_file() else name
 
 
 class Store:

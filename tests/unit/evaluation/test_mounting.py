@@ -40,7 +40,7 @@ def test_an_adapter_acts_while_it_is_mounted_and_leaves_the_bare_model(tmp_path)
         assert not torch.equal(logits(adapted), before)
     assert torch.equal(logits(model), before)
     assert not hasattr(model, "peft_config")
-    check_adapters(model, tokenizer, ["a prompt", ""], {"lora": folder})
+    check_adapters(model, tokenizer, ["a prompt", ""], {"lora": mounted(model, folder)})
     assert torch.equal(logits(model), before)
 
 
@@ -95,7 +95,7 @@ def test_factors_that_overflow_are_an_error_and_no_score(tmp_path):
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     edit_file(lambda name, value: [(name, value * 1e30)])(lora_folder(tmp_path, target="up_proj"))
     with pytest.raises(AdapterError, match="mine: makes the model's logits NaN or Inf"):
-        check_adapters(model, tokenizer, ["a prompt"], {"mine": tmp_path})
+        check_adapters(model, tokenizer, ["a prompt"], {"mine": mounted(model, tmp_path)})
     reference = BaseReference.build(model, tokenizer, {"a": "some text"})
     with pytest.raises(AdapterError, match="NaN or Inf on the text 'a'"), mounted(model, tmp_path) as adapted:
         measure_drift(adapted, reference)
@@ -103,9 +103,9 @@ def test_factors_that_overflow_are_an_error_and_no_score(tmp_path):
 
 def test_pissa_that_was_not_converted_is_caught(tmp_path):
     """Loaded anew, it subtracts its start from the base weights, which then are not the base's any more."""
-    folder = lora_folder(tmp_path, init="pissa")
+    model, folder = tiny_llama(), lora_folder(tmp_path, init="pissa")
     with pytest.raises(AdapterError, match="mine: with the adapter off the model is not the base bit for bit"):
-        check_adapters(tiny_llama(), tiny_tokenizer(), ["a prompt"], {"mine": folder})
+        check_adapters(model, tiny_tokenizer(), ["a prompt"], {"mine": mounted(model, folder)})
 
 
 def test_an_update_is_added_and_the_very_same_weights_come_back_also_after_an_error():

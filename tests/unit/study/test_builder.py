@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from hiplora.study.builder import Study, as_read, as_written
-from hiplora.study.context import Place
 from hiplora.study.jobs import Graph
 from hiplora.study.pico import PICO_DATA
 from hiplora.study.plan import open_study
 from hiplora.study.recipe import load_study
+from hiplora.study.store import Place
 
 HUB = "domains.mathematics.hub={hub: openai/gsm8k, held_out_fraction: 0.1}"
 

@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from hiplora.study.context import Context, Place
 from hiplora.study.execute import run_graph, run_job
 from hiplora.study.jobs import Graph, Job
-from hiplora.study.store import Store
+from hiplora.study.steps import Context
+from hiplora.study.store import Place, Store
 
 
 def score(number):

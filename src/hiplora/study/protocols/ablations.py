@@ -12,8 +12,8 @@ from pydantic import Field
 from hiplora.metrics import DEFAULT_TAU
 from hiplora.reporting import plots
 from hiplora.study.protocols.allocation import relative_gains
-from hiplora.study.protocols.merge_fail import Drawn, failures, labelled
-from hiplora.study.protocols.merging import merge_of
+from hiplora.study.protocols.merge_fail import failures
+from hiplora.study.protocols.merging import Drawn, merge_runs, of_all
 from hiplora.study.protocols.settings import Done, Findings, Protocol, Run, Share, Study
 from hiplora.study.protocols.single_task import score_runs, scores_and_retain, trainings, with_columns
 from hiplora.study.records import BASE, FORMS, joined, measured, table, tidy
@@ -40,9 +40,8 @@ class Ablations(Protocol):
         like, rows, drawn = study.row(self.method), self.variants(study), self._drawn(study)
         found = score_runs(study, rows, study.seeds(self), self._domains(study), like)
         scores = found[1:]
-        for row in rows if self.merge and len(self._domains(study)) > 1 else ():
-            merges = [merge_of(study, row, instance, RULE, {}, like=like) for _, instance in drawn]
-            found += labelled(study, row, RULE, drawn, merges, like)
+        if self.merge and len(self._domains(study)) > 1:
+            found += merge_runs(study, {RULE: {}}, rows, drawn, like=like)
         rank = like.method.principal_rank
         if like.method.basis == "weight" and isinstance(rank, int):
             found += [(study.inspect(score.needs["adapter"], rank), labels) for score, labels in scores]
@@ -104,7 +103,7 @@ class Ablations(Protocol):
 
     def _drawn(self, study: Study) -> Drawn:
         """The merges: those of all domains for each seed."""
-        return [(seed, tuple((domain, seed) for domain in self._domains(study))) for seed in study.seeds(self)]
+        return of_all(self._domains(study), study.seeds(self))
 
 
 def _losses(trained: pd.DataFrame, full: str) -> Iterator[pd.DataFrame]:

@@ -2,27 +2,23 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
 import pandas as pd
 from pydantic import Field
 
-from hiplora.metrics import DEFAULT_TAU, DEFAULT_TAUS, MergeInstance, falls_below, merge_instances
-from hiplora.study.jobs import Job
-from hiplora.study.protocols.merging import drift_tables, merge_of, titled
-from hiplora.study.protocols.settings import Done, Findings, OfMethods, Positive, Rules, Run, Share, Study
+from hiplora.metrics import DEFAULT_TAU, DEFAULT_TAUS, falls_below, merge_instances
+from hiplora.study.protocols.merging import Drawn, Merging, drift_tables, titled
+from hiplora.study.protocols.settings import Done, Findings, Positive, Share, Study
 from hiplora.study.records import by_form, joined, measured, scored, tidy
 from hiplora.study.statistics import differences, drift, hierarchical, opened
 
 Size = Annotated[int, Field(ge=2)]
-Drawn = list[tuple[int, MergeInstance]]  # (seed of the draw, merge)
 
 
-class MergeFail(OfMethods):
+class MergeFail(Merging):
     """Merges of several adapters drawn from all seeds: how many fail, over the threshold τ."""
 
-    whole: ClassVar[tuple[str, ...]] = ("rule", "method")
-    rules: Rules = Field(default={"addition": {}}, description="Merge rule → its options.")
     sizes: list[Size] = Field(default=[2, 3, 4], min_length=1, description="How many adapters are merged.")
     instances: Positive = Field(default=20, description="Merges of each size drawn for each seed, or all there are.")
     taus: list[Share] = Field(default=list(DEFAULT_TAUS), min_length=1, description="Thresholds.")
@@ -30,21 +26,12 @@ class MergeFail(OfMethods):
     seed: int = Field(default=0, ge=0, description="Draws the merges, the same for all methods.")
     drift: bool = Field(default=False, description="Measure the drift of every merged model too.")
 
-    def runs(self, study: Study) -> list[Run]:
-        """Merge the drawn tuples of every method by every rule; score each on its own tasks, and its adapters."""
-        drawn, found = self._drawn(study), []
-        for rule, options in self.rules.items():
-            for row in map(study.row, self.methods):
-                merges = [merge_of(study, row, merge, rule, options, self.drift) for _, merge in drawn]
-                found += labelled(study, row, rule, drawn, merges)
-        return found
-
     def tables(self, study: Study, done: Done) -> Findings:
         """Return MergeFail over sizes and thresholds in both forms, differences between methods, and drift."""
         records, taus = tidy(done), list(dict.fromkeys([self.tau, *self.taus]))
         rules = records.groupby("rule", sort=False)
-        fails = joined(*(failures(study, rows, self._drawn(study), taus).assign(rule=rule) for rule, rows in rules))
-        moved = drift(records[records["merge"] != ""] if self.drift else records[:0], ["rule"], shared=True)
+        fails = joined(*(failures(study, rows, self.drawn(study), taus).assign(rule=rule) for rule, rows in rules))
+        moved = drift(records[records.when == "after"] if self.drift else records[:0], ["rule"], shared=True)
         shown = fails[fails.metric == "merge fail"].assign(row=titled)
         sizes, over = shown[shown.tau == self.tau], shown[shown["size"] == "all"].sort_values("tau", kind="stable")
         headings = sizes["size"] + " adapters (" + sizes["merges"].map("{:.0f}".format) + ")"
@@ -60,34 +47,27 @@ class MergeFail(OfMethods):
         )
         return Findings(joined(fails, moved), tables | drift_tables(self.rules, moved), text=text)
 
-    def _drawn(self, study: Study) -> Drawn:
-        """The merges, equally many for each seed; two seeds may draw the same."""
+    def drawn(self, study: Study) -> Drawn:
+        """Return the merges, equally many for each seed; two seeds may draw the same."""
         domains, seeds = list(study.recipe.domains), study.seeds(self)
         draws = {seed: merge_instances(domains, self.sizes, seeds, self.instances, self.seed + seed) for seed in seeds}
         return [(seed, merge) for seed, sizes in draws.items() for merges in sizes.values() for merge in merges]
 
 
-def labelled(study: Study, row: Any, rule: str, drawn: Drawn, merges: Sequence[Job], like: Any = None) -> list[Run]:
-    """Return the jobs that judging a method's merges reads, with labels: the adapters' own scores, and the merges."""
-    label, found = {"rule": rule, "method": row.title}, []
-    for domain, seed in dict.fromkeys(one for _, merge in drawn for one in merge):
-        alone = study.score(study.adapter(row, domain, seed, like=like))
-        found.append((alone, {**label, "alone": domain, "trained": seed}))
-    for place, ((seed, _), job) in enumerate(zip(drawn, merges, strict=True)):
-        found.append((job, {**label, "seed": seed, "merge": place}))
-    return found
-
-
 def failures(study: Study, records: pd.DataFrame, drawn: Drawn, taus: Sequence[float]) -> pd.DataFrame:
     """Return the MergeFail of one rule in per cent by size and threshold, and the differences to the first method."""
     items = scored(records, study.tasks)
-    own = items[items.alone == items.on].groupby(["form", "method", "on", "trained"], sort=False)["value"].mean()
+    own = ["form", "method", "on", "trained"]
+    before = (
+        items[items.domain == items.on].rename(columns={"seed": "trained"}).groupby(own, sort=False)["value"].mean()
+    )
     by = ["form", "method", "seed", "merge"]
-    pairs = items[items["merge"] != ""].groupby([*by, "on"], sort=False)["value"].mean().rename("after").reset_index()
+    after = items[items.when == "after"].groupby([*by, "on"], sort=False)["value"].mean()
+    pairs = after.rename("after").reset_index()
     pairs["size"] = [str(len(drawn[merge][1])) for merge in pairs["merge"]]
     trained = [dict(drawn[merge][1])[domain] for merge, domain in zip(pairs["merge"], pairs.on, strict=True)]
     pairs["trained"] = pd.Series(trained, dtype=object)
-    pairs = pairs.join(own.rename("before"), on=own.index.names)
+    pairs = pairs.join(before, on=own)
     parts = []
     for tau in taus:
         pairs["value"] = 100.0 * falls_below(pairs.after, pairs.before, tau)

@@ -1,19 +1,19 @@
 """The adapters of all domains merged: before, after, and their difference, as in Tables 2 and 13 of the paper."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import pandas as pd
 from pydantic import Field
 
 from hiplora.metrics import MergeInstance, pass_at_k
-from hiplora.study.jobs import Job
 from hiplora.study.protocols.settings import Done, Findings, OfMethods, Rules, Run, Study
 from hiplora.study.protocols.single_task import drift_table
 from hiplora.study.records import Tables, by_form, joined, measured, scored, table, tidy, with_differences
 from hiplora.study.statistics import averaged, drift, replicates, summary
 
+Drawn = list[tuple[int, MergeInstance]]  # (seed of the draw, merge)
 _TITLES = {"ties": "TIES", "dare": "DARE", "knots": "KnOTS", "tsv": "TSV", "iso-c": "Iso-C"}
 
 
@@ -25,15 +25,12 @@ class Merging(OfMethods):
 
     def runs(self, study: Study) -> list[Run]:
         """Merge the adapters of each seed by every rule; score each merge, and each adapter, on the domains' tasks."""
-        found = []
-        for rule, method, seed in itertools.product(self.rules, self.methods, study.seeds(self)):
-            row, label = study.row(method), {"rule": rule, "method": study.row(method).title, "seed": seed}
-            for domain in study.recipe.domains:
-                alone = study.score(study.adapter(row, domain, seed))
-                found.append((alone, {**label, "when": "before", "domain": domain}))
-            instance = tuple((domain, seed) for domain in study.recipe.domains)
-            found.append((merge_of(study, row, instance, rule, self.rules[rule]), {**label, "when": "after"}))
-        return found
+        drift = getattr(self, "drift", False)
+        return merge_runs(study, self.rules, map(study.row, self.methods), self.drawn(study), drift)
+
+    def drawn(self, study: Study) -> Drawn:
+        """Return the merges: those of all domains for each seed."""
+        return of_all(study.recipe.domains, study.seeds(self))
 
     def tables(self, study: Study, done: Done) -> Findings:
         """Return before, after and difference by rule in both forms, the mean drop of all rules, and drift."""
@@ -66,21 +63,34 @@ def titled(numbers: pd.DataFrame) -> pd.Series:
     return numbers.method + ", " + numbers.rule.map(rule_title)
 
 
-def merge_of(
-    study: Study, row: Any, instance: MergeInstance, rule: str, options: Mapping[str, Any], drift: bool = False,
-    like: Any = None,
-) -> Job:  # fmt: skip
-    """Return the job that merges a method's adapters of some domains and seeds, scored on their own tasks.
+def of_all(domains: Iterable[str], seeds: Iterable[int]) -> Drawn:
+    """Return the merges of some domains' adapters, one for each seed."""
+    return [(seed, tuple((domain, seed) for domain in domains)) for seed in seeds]
 
-    The merge of all domains of one seed, which several protocols read, always has its drift measured.
+
+def merge_runs(
+    study: Study, rules: Mapping[str, Any], rows: Iterable[Any], drawn: Drawn, drift: bool = False, like: Any = None
+) -> list[Run]:
+    """Return the jobs that judging merges reads, by rule and method: each adapter alone `before`, the merges `after`.
+
+    A merge is scored on its adapters' own tasks. The drift of a merge of all domains of one seed, which several
+    protocols read, is always measured. The label `merge` is the place in `drawn`.
     """
-    adapters = {domain: study.adapter(row, domain, seed, like=like) for domain, seed in instance}
-    whole = len(adapters) == len(study.recipe.domains) and len({seed for _, seed in instance}) == 1
-    domains = [study.recipe.domains[name] for name in adapters]
-    settings = study.scoring({one.task: one.tasks[one.task] for one in domains}, drift or whole)
-    settings |= {"rule": rule, "options": dict(options)}
-    told = " + ".join(f"{domain} {seed}" for domain, seed in instance)
-    return study.job("merge", f"merge by {rule}: {row.title}, {told}", settings, **adapters)
+    found, domains = [], study.recipe.domains
+    for (rule, options), row in itertools.product(rules.items(), list(rows)):
+        label, adapters = {"rule": rule, "method": row.title}, {}
+        for domain, seed in dict.fromkeys(one for _, merge in drawn for one in merge):
+            adapters[domain, seed] = study.adapter(row, domain, seed, like=like)
+            alone = study.score(adapters[domain, seed])
+            found.append((alone, {**label, "seed": seed, "when": "before", "domain": domain}))
+        for place, (draw, merge) in enumerate(drawn):
+            whole = len(merge) == len(domains) and len({seed for _, seed in merge}) == 1
+            own = {domains[name].task: domains[name].tasks[domains[name].task] for name, _ in merge}
+            settings = {**study.scoring(own, drift or whole), "rule": rule, "options": dict(options)}
+            name = f"merge by {rule}: {row.title}, {' + '.join(f'{domain} {seed}' for domain, seed in merge)}"
+            job = study.job("merge", name, settings, **{domain: adapters[domain, seed] for domain, seed in merge})
+            found.append((job, {**label, "seed": draw, "when": "after", "merge": place}))
+    return found
 
 
 def drift_tables(rules: Mapping[str, Any], moved: pd.DataFrame) -> Tables:

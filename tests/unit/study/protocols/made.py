@@ -1,10 +1,10 @@
 """Results made by hand, put into a store as if jobs had found them."""
 
 from hiplora.study.builder import Study
-from hiplora.study.context import Place
 from hiplora.study.pico import PICO_DATA
 from hiplora.study.protocols import sections
 from hiplora.study.recipe import load_study
+from hiplora.study.store import Place
 
 TWO_DOMAINS = (
     "domains={sums: {title: Sums, train: {path: gsm8k_train.jsonl, held_out_fraction: 0.1}, tasks: {gsm8k: 2}}, "

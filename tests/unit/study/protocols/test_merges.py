@@ -76,11 +76,11 @@ MERGES = {
 def test_a_merge_fails_if_any_of_its_tasks_falls_below_the_threshold(tmp_path):
     study, _ = made_study(tmp_path, FAIL)
     settings = study.recipe.protocols.merge_fail
-    tasks, drawn = {"sums": "gsm8k", "facts": "mmlu"}, settings._drawn(study)
+    tasks, drawn = {"sums": "gsm8k", "facts": "mmlu"}, settings.drawn(study)
 
     def of(job, at):
-        if "alone" in at:
-            return scored({"gsm8k": [0, 0], "mmlu": [0, 0], tasks[at["alone"]]: ALONE})
+        if at["when"] == "before":
+            return scored({"gsm8k": [0, 0], "mmlu": [0, 0], tasks[at["domain"]]: ALONE})
         sums, facts, kl = MERGES[at["method"]][tuple(seed for _, seed in drawn[at["merge"]][1])]
         return scored({"gsm8k": sums, "mmlu": facts}, {"prose": kl})
 

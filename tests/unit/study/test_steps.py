@@ -1,6 +1,7 @@
 """What a worker reads of the drift texts."""
 
-from hiplora.study.context import Context, Place, located
+from hiplora.study.steps import Context
+from hiplora.study.store import Place
 from tests.tiny import write_jsonl
 
 
@@ -11,6 +12,6 @@ def test_rows_are_one_text_or_texts_of_their_own(tmp_path):
     assert context.text("wiki.jsonl:title") == "T0\nT1\nT2\nT3\nT4"
     assert context.text("wiki.jsonl", 2) == ["Text 0.", "Text 1."]
     assert context.text("wiki.jsonl:title+text", 1) == ["T0Text 0."]
-    assert located("wiki.jsonl", tmp_path) == str(tmp_path / "wiki.jsonl")
-    assert located("owner/name", tmp_path) == "owner/name"
-    assert located("wiki.jsonl", None) == "wiki.jsonl"
+    assert context.place.located("wiki.jsonl") == str(tmp_path / "wiki.jsonl")
+    assert context.place.located("owner/name") == "owner/name"
+    assert Place(tmp_path, "pico").located("wiki.jsonl") == "wiki.jsonl"
