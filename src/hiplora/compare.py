@@ -118,7 +118,7 @@ def compare(
     way_out = "name other --methods, or train from a recipe of your own (hiplora init)"
     recipes = method_recipes(model, data, settings, way_out)
     texts, questions = drift_texts(settings.drift_text), _questions(settings.prompts)
-    trainings = Trainings(model, data, recipes, settings.max_length, "methods")
+    trainings = Trainings("compare", model, data, recipes, settings)
     tokenizer, limit, rows = trainings.tokenizer, trainings.limit, trainings.rows
 
     def fits(prompt: Example | str) -> bool:
@@ -127,13 +127,8 @@ def compare(
     own = [example for example in rows.held_out if example.prompt and fits(example)][:OWN_ROWS]
     if long := next((question for question in questions if not fits(question)), None):
         raise ConfigError(f"--prompts: {long[:40]!r} fills the model's context of {limit} tokens; shorten it")
-    asked = {
-        "kind": "compare",
-        "settings": {n: v for n, v in asdict(settings).items() if n not in ("drift_text", "prompts")},
-        "texts_sha256": json_sha256([texts, questions]),
-    }
     folder, titles = RunFolder(Path(out), "plan.json", "results.json"), {key: METHODS[key].title for key in recipes}
-    with trainings.measured(folder, asked, titles, texts, overwrite=overwrite, tell=tell) as (shared, runs):
+    with trainings.measured(folder, titles, texts, questions, overwrite=overwrite, tell=tell) as (shared, runs):
         records = {titles[key]: {"adapts": METHODS[key].adapts, **record} for key, record in runs.items()}
         adapters = {titles[key]: folder.path / "adapters" / key for key in recipes}
         base = trainings.base
@@ -141,7 +136,6 @@ def compare(
         prompts = [example.prompt for example in own] + questions
         results = {
             "schema": 3,
-            "kind": "compare",
             **shared,
             "settings": {**asdict(settings), "methods": list(settings.methods)},
             "methods": records,
@@ -157,25 +151,25 @@ def compare(
 class Trainings:
     """Recipes that train one model on the same rows, to be measured along the way; `base` loads the bare model once.
 
-    `what` names the recipes to readers. ConfigError or DataError if model or data cannot be used.
+    `settings`, a dataclass, made the recipes. ConfigError or DataError if model or data cannot be used.
     """
 
     def __init__(
-        self, model: str, data: str | os.PathLike, recipes: Mapping[str, TrainRecipe], max_length: int, what: str
+        self, kind: str, model: str, data: str | os.PathLike, recipes: Mapping[str, TrainRecipe], settings: Any
     ) -> None:
-        self.model, self.data, self.recipes, self.what = model, data, recipes, what
+        self.kind, self.model, self.data, self.recipes, self.settings = kind, model, data, recipes, settings
         self.tokenizer, self.limit = load_tokenizer(model), position_limit(skeleton(model)) or sys.maxsize
         self.rows = load_data(next(iter(recipes.values())).data, chat=bool(self.tokenizer.chat_template))
-        self.length = min(max_length, self.limit)
-        self.base = functools.cache(lambda: Base(model, self.rows.held_out, max_length))
+        self.length = min(settings.max_length, self.limit)
+        self.base = functools.cache(lambda: Base(model, self.rows.held_out, settings.max_length))
 
     @contextlib.contextmanager
     def measured(
         self,
         folder: RunFolder,
-        asked: Mapping[str, Any],
         titles: Mapping[str, str],
         texts: Mapping[str, str],
+        questions: Sequence[str] = (),
         *,
         overwrite: bool,
         tell: Tell,
@@ -184,11 +178,13 @@ class Trainings:
 
         Yields what results say of model, data and base, and by recipe what the training cost, with held-out loss and
         drift at marks along it (`trained`) and at each scale of the finished adapter (`scaled`). Its adapter is in
-        `adapters/KEY`. ConfigError if the folder holds another run than the one `asked` for.
+        `adapters/KEY`. ConfigError if the folder holds a run with other settings, data or texts, or other `questions`.
         """
         plan = {
+            "kind": self.kind,
             "hiplora": __version__,
-            **asked,
+            "settings": {n: v for n, v in asdict(self.settings).items() if n not in ("drift_text", "prompts")},
+            "texts_sha256": json_sha256([texts, questions]),
             "data_sha256": file_sha256(self.data),
             "model_sha256": folder_identity(self.model),
         }
@@ -206,6 +202,7 @@ class Trainings:
             for key, adapter in adapters.items():
                 runs[key] |= folder.stage(f"measure-{key}", functools.partial(_points, self.base, adapter, texts))
             shared = {
+                "kind": self.kind,
                 "model": self.model,
                 "data": {**self.rows.sources["train"], "held_out_rows": len(self.rows.held_out)},
                 "base": {"held_out_loss": bare["held_out_loss"]},
@@ -226,7 +223,7 @@ class Trainings:
         seconds = count * bare["seconds_per_token"] * (4 * rows * length + points)  # a step also goes back, at 3 : 1
         passes = f"{rows / trained.sequences:.1f} passes over {trained.sequences} rows"
         return (
-            f"{count} {self.what}, {steps} steps of {train.batch_size} rows each ({passes}): about "
+            f"{count} trainings, {steps} steps of {train.batch_size} rows each ({passes}): about "
             f"{max(1, round(seconds / 60))} min, and once some more to measure the model"
         )
 

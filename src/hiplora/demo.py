@@ -64,15 +64,9 @@ class Skill:
         """Return the file of the rows to `train` on, or of those `held_out`."""
         return Path(__file__).parent / "skills" / f"{self.name}-{part}.jsonl"
 
-    @property
-    def train(self) -> list[dict[str, str]]:
-        """The rows to train on, each with `prompt` and `completion`."""
-        return [row for _, row in read_rows(self.file("train"))]
-
-    @property
-    def held_out(self) -> list[dict[str, str]]:
-        """The rows that are held back."""
-        return [row for _, row in read_rows(self.file("held_out"))]
+    def rows(self, part: str) -> list[dict[str, str]]:
+        """Return these rows, each with `prompt` and `completion`."""
+        return [row for _, row in read_rows(self.file(part))]
 
 
 def skills() -> tuple[Skill, Skill]:
@@ -114,7 +108,7 @@ def demo(
         "kind": "demo",
         "hiplora": __version__,
         "settings": asdict(settings),
-        "rows_sha256": json_sha256([[skill.train, skill.held_out] for skill in both]),
+        "rows_sha256": json_sha256([[skill.rows("train"), skill.rows("held_out")] for skill in both]),
         "drift_texts_sha256": json_sha256(texts),
         "model_sha256": folder_identity(settings.model),
     }
@@ -216,8 +210,9 @@ def _answers(base: Base, adapters: Path, both: Sequence[Skill]) -> Results:
         return base.answers(named, prompts, ANSWER_TOKENS)
 
     def asked(skill: Skill, which: str) -> Iterator[Results]:
-        answers = said([Example(row["prompt"], row["completion"]) for row in skill.held_out], which)
-        for row, texts in zip(skill.held_out, answers, strict=True):
+        rows = skill.rows("held_out")
+        answers = said([Example(row["prompt"], row["completion"]) for row in rows], which)
+        for row, texts in zip(rows, answers, strict=True):
             passed = {name: skill.check(text, row["completion"]) for name, text in texts.items()}
             expected = row["completion"].strip()
             yield {"prompt": row["prompt"], "expected": expected, "said": texts, "passed": passed}

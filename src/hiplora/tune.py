@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from hiplora.compare_report import Results
 from hiplora.data.texts import drift_texts
 from hiplora.errors import ConfigError
 from hiplora.files import write_atomic
-from hiplora.provenance import json_sha256
 from hiplora.run_folder import RunFolder
 from hiplora.training import TrainRecipe
 
@@ -54,14 +53,9 @@ def tune(
     settings = settings or TuneSettings()
     recipes = _recipes(model, data, settings)
     texts = drift_texts(settings.drift_text)
-    trainings = Trainings(model, data, recipes, settings.max_length, "settings")
-    asked = {
-        "kind": "tune",
-        "settings": {name: value for name, value in asdict(settings).items() if name != "drift_text"},
-        "texts_sha256": json_sha256(texts),
-    }
+    trainings = Trainings("tune", model, data, recipes, settings)
     folder, titles = RunFolder(Path(out), "plan.json", "tune.json"), {key: key for key in recipes}
-    with trainings.measured(folder, asked, titles, texts, overwrite=overwrite, tell=tell) as (shared, runs):
+    with trainings.measured(folder, titles, texts, overwrite=overwrite, tell=tell) as (shared, runs):
         base_loss = shared["base"]["held_out_loss"]
         best = {key: within(record, settings.max_drift, base_loss) for key, record in runs.items()}
         reached = {key: point for key, point in best.items() if point is not None}
@@ -70,7 +64,6 @@ def tune(
             write_atomic(folder.path / "recipe.yaml", _written(recipes[chosen], reached[chosen], settings.max_drift))
         results = {
             "schema": 1,
-            "kind": "tune",
             **shared,
             "settings": asdict(settings),
             "runs": {key: {"rank": recipes[key].method.r, "best": best[key], **runs[key]} for key in runs},
@@ -109,21 +102,16 @@ def summary(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _shared(settings: TuneSettings) -> CompareSettings:
-    """Return the settings that a comparison has too."""
-    same = CompareSettings.__dataclass_fields__.keys() & TuneSettings.__dataclass_fields__.keys()
-    return CompareSettings(methods=("hiplora",), **{name: getattr(settings, name) for name in same})
-
-
 def _recipes(model: str, data: str | os.PathLike, settings: TuneSettings) -> dict[str, TrainRecipe]:
     """Return the recipe of every rate with every rank; ConfigError if there are none, or a setting is wrong."""
     if not settings.rates or not settings.ranks:
         raise ConfigError("--rates and --ranks: name at least one of each")
     if not 0 < settings.max_drift < math.inf:
         raise ConfigError(f"--max-drift is {settings.max_drift}; expected nats a token, above 0, for example 0.01")
-    shared, found = _shared(settings), {}
+    shared, found = CompareSettings.__dataclass_fields__.keys() & TuneSettings.__dataclass_fields__.keys(), {}
     for rate, rank in itertools.product(settings.rates, settings.ranks):
-        found[f"lr{rate:g}-r{rank}"] = method_recipes(model, data, replace(shared, lr=rate, rank=rank))["hiplora"]
+        one = CompareSettings(("hiplora",), lr=rate, rank=rank, **{name: getattr(settings, name) for name in shared})
+        found[f"lr{rate:g}-r{rank}"] = method_recipes(model, data, one)["hiplora"]
     return found
 
 

@@ -65,14 +65,14 @@ def test_answers_and_drift_are_those_of_the_sum_of_the_two_updates(done, setting
 
 def test_the_skills_check_what_they_teach_and_hold_back_other_prompts():
     for skill in skills():
-        assert not {row["prompt"] for row in skill.held_out} & {row["prompt"] for row in skill.train}
-        for row in skill.held_out:
+        assert not {row["prompt"] for row in skill.rows("held_out")} & {row["prompt"] for row in skill.rows("train")}
+        for row in skill.rows("held_out"):
             assert set(skill.check(row["completion"].strip(), row["completion"]).values()) == {True}
             assert set(skill.check("Of course! Here it is.", row["completion"]).values()) == {False}
     shop, requests = skills()
-    wrong = shop.check("Ahoy! 9 days. Fair winds, Finch Lanterns.", shop.held_out[0]["completion"])
+    wrong = shop.check("Ahoy! 9 days. Fair winds, Finch Lanterns.", shop.rows("held_out")[0]["completion"])
     assert wrong == {"in house style": True, "right": False}
-    assert requests.check("{}", requests.held_out[0]["completion"]) == {"valid JSON": True, "right": False}
+    assert requests.check("{}", requests.rows("held_out")[0]["completion"]) == {"valid JSON": True, "right": False}
 
 
 def test_results_table_and_page_say_the_same(done):

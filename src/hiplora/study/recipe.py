@@ -126,23 +126,20 @@ class StudyRecipe(Block):
     @model_validator(mode="after")
     def _names_exist_once(self) -> "StudyRecipe":
         """Check the names of methods and domains, and that titles, tasks and seeds tell results apart."""
-        known: dict[str, Iterable[str]] = {"methods": self.methods, "domains": self.domains}
+        asked = {name: settings for name, settings in self.protocols if settings is not None}
         _check(self.rates.domains if self.rates else None, self.domains, "rates.domains")
-        for protocol, settings in self.protocols:
-            for kind, names in known.items() if settings is not None else ():
-                for field, given in settings.named(kind):
-                    _check(given, names, f"protocols.{protocol}.{field}")
+        for protocol, settings in asked.items():
+            for field, given, kind in settings.named():
+                _check(given, getattr(self, kind), f"protocols.{protocol}.{field}")
         for block, field in (("methods", "title"), ("domains", "title"), ("domains", "task")):
             given = [getattr(entry, field) for entry in getattr(self, block).values()]
             if twice := sorted({one for one in given if given.count(one) > 1}):
                 raise ValueError(
                     f"`{block}`: two have the {field} {twice[0]!r}, by which results are told apart; give each its own"
                 )
-        reported = {"the study's": self.seeds}
-        for protocol, settings in self.protocols:
-            if settings is not None and protocol != "selection":  # which takes this seed on purpose
-                reported[f"`protocols.{protocol}`'s"] = settings.seeds or []
-        for whose, seeds in reported.items():
+        # The selection takes the seed of the rates on purpose.
+        own = {f"`protocols.{name}`'s": one.seeds or [] for name, one in asked.items() if name != "selection"}
+        for whose, seeds in {"the study's": self.seeds, **own}.items():
             if self.rates is not None and self.rates.seed in seeds:
                 raise ValueError(
                     f"`rates.seed` {self.rates.seed} is one of {whose} seeds; rates must be chosen on runs that are "

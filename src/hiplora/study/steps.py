@@ -217,9 +217,8 @@ def evaluate(context: Context, job: Job, settings: Settings) -> Found:
     """
     network, _ = context.model()
     reference = drift_reference(context, settings)
-    if "adapter" not in job.needs:
-        return {"tasks": score(context, network, settings), "drift": None}, {}
-    with mounted(network, context.store.artifact(job.needs["adapter"])) as adapted:
+    adapter = context.store.artifact(job.needs["adapter"]) if "adapter" in job.needs else None
+    with mounted(network, adapter) as adapted:
         return {"tasks": score(context, adapted, settings), "drift": drift_of(adapted, reference)}, {}
 
 

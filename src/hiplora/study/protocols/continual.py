@@ -25,10 +25,10 @@ class Continual(OfMethods):
     orders: list[list[str]] = Field(default=[], description="Orders of the domains; none: one, as they stand.")
     widen: bool = Field(default=True, description="Let HiP-LoRA's function-aware basis protect finished tasks too.")
 
-    def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:
+    def named(self) -> Iterator[tuple[str, list[str], str]]:
         """Yield the domains of each order too."""
-        yield from super().named(kind)
-        yield from (("orders", order) for order in self.orders if kind == "domains")
+        yield from super().named()
+        yield from (("orders", order, "domains") for order in self.orders)
 
     def runs(self, study: Study) -> list[Run]:
         """Score the base, and every stage of every method and seed on the tasks of all domains."""

@@ -42,11 +42,10 @@ class FrontierSettings(Protocol):
     plain: list[str] = Field(min_length=1, description="The plain LoRAs: the best tuned of them is to be beaten.")
     reference: str = Field(description="The method that is compared with all others.")
 
-    def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:
+    def named(self) -> Iterator[tuple[str, list[str], str]]:
         """Yield the methods of each domain too."""
-        yield from super().named(kind)
-        if kind == "methods":
-            yield from ((f"domains.{domain}", methods) for domain, methods in self.domains.items())
+        yield from super().named()
+        yield from ((f"domains.{domain}", methods, "methods") for domain, methods in self.domains.items())
 
     @model_validator(mode="after")
     def _roles_are_compared(self) -> "FrontierSettings":
@@ -96,8 +95,7 @@ class FrontierSettings(Protocol):
             "logarithmic in the divergence). Geometric means over the seeds with 95 % intervals (Student's t over the "
             "seeds' paired log ratios). ≥: it never learned that much and drifts this far where it learned most. ≤: "
             f"all its points learned more. {OVER[0].upper()}{OVER[1:]}: the geometric mean over "
-            f"{', '.join(self._unlike(study))}. Drop elsewhere: mean fall of the likelihoods of the other tasks, in "
-            "percentage points."
+            f"{', '.join(self._unlike(study))}."
         )
         return found
 
@@ -181,9 +179,8 @@ def compared(here: Frontier, there: Frontier, at: int | None) -> tuple[Floats, f
     x is what a point `at` of the other learned or, where that is None, the most that both learned.
     """
     if at is None and here.least > there.least:
-        _, points, state = there.at(here.least)
-        apart = here.y[here.best] - there.by_seed(here.x[here.best], points)
-        return apart, here.least, NOT_REACHED if state == PASSED else REACHED  # passed: the other may drift less
+        apart, x, state = compared(there, here, here.best)
+        return -apart, x, NOT_REACHED if state == PASSED else REACHED  # passed: the other may drift less
     point = there.best if at is None else at
     x = float(there.mean_x[point])
     _, points, state = here.at(x)

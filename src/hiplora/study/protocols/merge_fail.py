@@ -58,9 +58,8 @@ def failures(study: Study, records: pd.DataFrame, drawn: Drawn, taus: Sequence[f
     """Return the MergeFail of one rule in per cent by size and threshold, and the differences to the first method."""
     items = scored(records, study.tasks)
     own = ["form", "method", "on", "trained"]
-    before = (
-        items[items.domain == items.on].rename(columns={"seed": "trained"}).groupby(own, sort=False)["value"].mean()
-    )
+    alone = items[items.domain == items.on].rename(columns={"seed": "trained"})
+    before = alone.groupby(own, sort=False)["value"].mean().rename("before")
     by = ["form", "method", "seed", "merge"]
     after = items[items.when == "after"].groupby([*by, "on"], sort=False)["value"].mean()
     pairs = after.rename("after").reset_index()

@@ -16,13 +16,11 @@ AboveZero = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rules = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 
-# The fields that name methods, domains or drift texts of the study; the study checks that it has them.
+# The fields that name methods or domains of the study, which checks that it has them.
 NAMING = {
-    "methods": (
-        *("methods", "method", "reference", "plain", "early"),
-        *("hiplora", "lora", "proj_lora", "pissa", "split_lora", "adalora"),
-    ),
-    "domains": ("domains", "domain", "early_domains"),
+    **dict.fromkeys(("methods", "method", "reference", "plain", "early"), "methods"),
+    **dict.fromkeys(("hiplora", "lora", "proj_lora", "pissa", "split_lora", "adalora"), "methods"),
+    **dict.fromkeys(("domains", "domain", "early_domains"), "domains"),
 }
 
 
@@ -49,12 +47,12 @@ class Protocol(Block):
                 raise ValueError(f"`{name}` lists a value twice: {values}; name each once")
         return self
 
-    def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:
-        """Yield the fields that name `methods` or `domains` of the study, with the names."""
-        for field in NAMING[kind]:
+    def named(self) -> Iterator[tuple[str, list[str], str]]:
+        """Yield the fields that name parts of the study, with the names, and of which block they are."""
+        for field, block in NAMING.items():
             value = getattr(self, field, None)
             if value is not None:
-                yield field, [value] if isinstance(value, str) else list(value)
+                yield field, [value] if isinstance(value, str) else list(value), block
 
 
 class OfMethods(Protocol):
