@@ -222,8 +222,9 @@ class Trainings:
         points = (MARKS + len(SCALES)) * (HELDOUT_LIMIT * length + 2 * DRIFT_TOKENS)
         seconds = count * bare["seconds_per_token"] * (4 * rows * length + points)  # a step also goes back, at 3 : 1
         passes = f"{rows / trained.sequences:.1f} passes over {trained.sequences} rows"
+        what = "methods" if self.kind == "compare" else "settings"
         return (
-            f"{count} trainings, {steps} steps of {train.batch_size} rows each ({passes}): about "
+            f"{count} {what}, {steps} steps of {train.batch_size} rows each ({passes}): about "
             f"{max(1, round(seconds / 60))} min, and once some more to measure the model"
         )
 
