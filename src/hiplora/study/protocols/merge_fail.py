@@ -8,8 +8,8 @@ import pandas as pd
 from pydantic import Field
 
 from hiplora.metrics import DEFAULT_TAU, DEFAULT_TAUS, falls_below, merge_instances
-from hiplora.study.protocols.merging import Drawn, Merging, drift_tables, titled
-from hiplora.study.protocols.settings import Done, Findings, Positive, Share, Study
+from hiplora.study.protocols.merging import Drawn, Merging, drift_tables, merge_runs, titled
+from hiplora.study.protocols.settings import Done, Findings, Positive, Run, Share, Study
 from hiplora.study.records import by_form, joined, measured, scored, tidy
 from hiplora.study.statistics import differences, drift, hierarchical, opened
 
@@ -25,6 +25,10 @@ class MergeFail(Merging):
     tau: Share = Field(default=DEFAULT_TAU, description="The one that is reported first.")
     seed: int = Field(default=0, ge=0, description="Draws the merges, the same for all methods.")
     drift: bool = Field(default=False, description="Measure the drift of every merged model too.")
+
+    def runs(self, study: Study) -> list[Run]:
+        """Merge the drawn tuples of every method by every rule; score each on its own tasks, and its adapters."""
+        return merge_runs(study, self.rules, map(study.row, self.methods), self.drawn(study), self.drift)
 
     def tables(self, study: Study, done: Done) -> Findings:
         """Return MergeFail over sizes and thresholds in both forms, differences between methods, and drift."""

@@ -25,8 +25,7 @@ class Merging(OfMethods):
 
     def runs(self, study: Study) -> list[Run]:
         """Merge the adapters of each seed by every rule; score each merge, and each adapter, on the domains' tasks."""
-        drift = getattr(self, "drift", False)
-        return merge_runs(study, self.rules, map(study.row, self.methods), self.drawn(study), drift)
+        return merge_runs(study, self.rules, map(study.row, self.methods), self.drawn(study))
 
     def drawn(self, study: Study) -> Drawn:
         """Return the merges: those of all domains for each seed."""
