@@ -35,7 +35,7 @@ from hiplora.positions import position_limit, within_context
 from hiplora.provenance import file_sha256, folder_identity, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training import TrainRecipe, train
-from hiplora.training.fit import fitting_config
+from hiplora.training.adapt import fitting_config
 from hiplora.training.reading import absolute_paths, model_problem
 from hiplora.tuner import default_targets
 from hiplora.tuner.experts import can_unroll

@@ -125,7 +125,7 @@ def test_a_run_that_stopped_says_that_it_is_carried_on(run, recipe_file, tmp_pat
     with monkeypatch.context() as broken:
         broken.setattr(sys.modules["hiplora.training.train"], "model_card", stop)
         code, _, err = run(recipe_file, "--out", out)
-    assert (code, "repeat the command to carry on" in err) == (130, True)
+    assert (code, "repeat the command (without --overwrite) to continue" in err) == (130, True)
     assert run(recipe_file, "--out", out)[0] == 0
     assert "carrying on from step 2 of 2" in caplog.text
 

@@ -28,7 +28,7 @@ MISTAKES = [
         "pass --rank, for example --rank 64",
     ),
     ("merge one lora --out new --method ties --format hiplora", "ties keeps no gains apart, only addition does"),
-    ("merge one lora --out new --method ties --set density", "--set density: expected name=value"),
+    ("merge one lora --out new --method ties --set density", "--set density: expected key=value"),
     ("merge one lora --out new --weights 1,x", "--weights 1,x: expected numbers"),
     ("merge one lora --out new --format gguf", "gguf"),
     ("merge one lora --out there", "--overwrite"),

@@ -173,8 +173,8 @@ def told_to_repeat(out: Path | str) -> Iterator[None]:
     """Say at Ctrl-C that the same command continues in `out`."""
     try:
         yield
-    except KeyboardInterrupt:
-        tell(f"stopped; repeat the command (without --overwrite) to continue in {out}")
+    except KeyboardInterrupt as stop:
+        tell(f"{str(stop) or 'stopped'}; repeat the command (without --overwrite) to continue in {out}")
         raise
 
 

@@ -49,7 +49,7 @@ def job(
     from hiplora.training.reading import put_over
 
     for text in method_settings:
-        put_over(given["method_settings"], text)
+        put_over(given["method_settings"], text, "r=8")
     return checked(EditJob, **given)
 
 

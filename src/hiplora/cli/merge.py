@@ -8,8 +8,7 @@ from typer import Argument, Option
 
 from hiplora.cli.common import BASE, DEVICE, OUT, OVERWRITE, PUSH, Group, Shown, numbers, scaling, try_step
 from hiplora.cli.export import report_table
-from hiplora.errors import ConfigError, first_line
-from hiplora.files import parse_yaml
+from hiplora.errors import ConfigError
 from hiplora.merging.rules import RULES, Rule, find_rule
 
 _DENSE_RULES = ", ".join(name for name, rule in RULES.items() if rule.kind == "dense")
@@ -137,17 +136,13 @@ def _named(folders: list[Path], updates: list[Any]) -> dict[str, Any]:
 
 
 def rule_options(given: list[str]) -> dict[str, Any]:
-    """Read options `name=value`, the value as YAML; ConfigError if one is not so."""
-    options = {}
+    """Read options `name=value`, the value as YAML or `none`; ConfigError if one is not so."""
+    from hiplora.training.reading import put_over
+
+    options: dict[str, Any] = {}
     for text in given:
-        name, equals, raw = (part.strip() for part in text.partition("="))
-        if not name or not equals:
-            raise ConfigError(f"--set {text}: expected name=value, for example --set density=0.2")
-        try:
-            options[name] = None if raw == "none" else parse_yaml(raw)
-        except ValueError as error:
-            raise ConfigError(f"--set {text}: {first_line(error)}") from None
-    return options
+        put_over(options, text, "density=0.2")
+    return {name: None if value == "none" else value for name, value in options.items()}
 
 
 def _chosen_format(format: Format | None, rule: Rule, rank: int | None) -> Format:

@@ -160,10 +160,12 @@ def report(
 
 def _shown(found: dict[str, Any]) -> Shown:
     """Show how far a study is."""
+    from hiplora.training.sequences import duration
+
     yield {"schema": 1, "kind": "study", **found}
     every = {"jobs": found["jobs"], "left": found["left"], "seconds": found["seconds_left"]}
     rows = [
-        (kind, n["jobs"], n["jobs"] - n["left"], n["left"], _duration(n["seconds"]))
+        (kind, n["jobs"], n["jobs"] - n["left"], n["left"], "?" if n["seconds"] is None else duration(n["seconds"]))
         for kind, n in {**found["kinds"], "all": every}.items()
     ]
     yield f"{found['study']}: jobs", ("Kind", "jobs", "done", "left", "time of one worker"), rows
@@ -175,14 +177,6 @@ def _shown(found: dict[str, Any]) -> Shown:
         yield f"missing from the data folder: {', '.join(found['missing_files'])}"
     yield from (f"running: {name}" for name in found["at_work"])
     _tell_failures(found)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _tell_failures(found: dict[str, Any]) -> None:

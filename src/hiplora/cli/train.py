@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 from typer import Argument, Option
 
-from hiplora.cli.common import OVERWRITE, Shown, next_step, tell
+from hiplora.cli.common import OVERWRITE, Shown, next_step, told_to_repeat
 from hiplora.errors import ConfigError
 
 
@@ -67,11 +67,8 @@ def command(
     log.setLevel(logging.INFO)
     log.addHandler(to_stderr)
     try:
-        result = train(loaded, where, resume=resume, overwrite=overwrite)
-    except KeyboardInterrupt as stop:
-        again = "without --overwrite " if overwrite else ""
-        tell(f"{str(stop) or 'stopped'}; repeat the command {again}to carry on from the last checkpoint in {where}")
-        raise
+        with told_to_repeat(where):
+            result = train(loaded, where, resume=resume, overwrite=overwrite)
     finally:
         log.removeHandler(to_stderr)
     if int(os.environ.get("RANK", "0")) > 0:

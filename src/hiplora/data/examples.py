@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -146,11 +146,6 @@ def load_examples(
 ) -> list[Example]:
     """Read the first `limit` rows of a data file as examples; DataError names each row that lacks something."""
     return as_examples(*check_rows(read_rows(Path(source)), format, source), template)[:limit]
-
-
-def rows_as_examples(rows: Iterable[Row], name: str) -> list[Example]:
-    """Return rows of any known format as examples; errors call their source `name`."""
-    return as_examples(*check_rows(rows, "auto", name))
 
 
 def load_data(data: DataSettings, chat: bool = False) -> TrainingData:

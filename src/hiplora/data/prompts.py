@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-STEP_BY_STEP = "Question: {question} Think step by step.\nAnswer:"  # the answer follows without a space
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
@@ -25,7 +25,7 @@ def step_by_step(question: str) -> str:
 
     Source: github.com/huggingface/peft, method_comparison/MetaMathQA/default_training_params.json at 4192101.
     """
-    return STEP_BY_STEP.format(question=question)
+    return f"Question: {question} Think step by step.\nAnswer:"  # the answer follows without a space
 
 
 def lettered(row: Mapping[str, Any]) -> str:
@@ -49,12 +49,9 @@ def normal_number(text: str) -> str:
     found = _NUMBER.search(text.replace("$", "").replace("€", "").replace("£", ""))
     if found is None:
         return text.strip()
-    whole, dot, fraction = found.group().replace(",", "").partition(".")
-    fraction = fraction.rstrip("0")
-    sign = "-" if whole.startswith("-") else ""
-    whole = whole.lstrip("-").lstrip("0") or "0"
-    plain = f"{whole}.{fraction}" if dot and fraction else whole
-    return plain if plain == "0" else sign + plain
+    number = Decimal(found.group().replace(",", ""))
+    plain = f"{number:f}"
+    return (plain.rstrip("0").rstrip(".") if "." in plain else plain) if number else "0"
 
 
 def with_hint(row: Mapping[str, Any]) -> dict[str, Any] | None:

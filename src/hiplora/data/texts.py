@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora.data.encoding import beginning
-from hiplora.data.examples import load_examples, rows_as_examples
-from hiplora.data.rows import SUFFIXES, decoded, hub_rows, is_hub_name
+from hiplora.data.examples import as_examples, load_examples
+from hiplora.data.rows import SUFFIXES, check_rows, decoded, hub_rows, is_hub_name
 from hiplora.errors import DataError
 from hiplora.positions import within_context
 
@@ -99,7 +99,7 @@ def _hub_text(source: str, characters: int) -> str:
         length += sum(len(value) for value in row.values() if isinstance(value, str))
         if length >= characters:
             break
-    return "\n\n".join(example.whole for example in rows_as_examples(rows, source))
+    return "\n\n".join(example.whole for example in as_examples(*check_rows(rows, "auto", source)))
 
 
 def _read(path: Path) -> str:

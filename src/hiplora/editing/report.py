@@ -68,13 +68,14 @@ def write_report(path: Path, record: Mapping[str, Any], edits: Sequence[Edit]) -
     after = pd.concat([pd.DataFrame(stage["records"]) for stage in last]).set_index("index")
     before = pd.DataFrame(record["before"]).set_index("index").loc[after.index]
     asked = [edits[place] for place in after.index]
+    reworded = after.reindex(columns=["paraphrase_success"])["paraphrase_success"].astype(float)
     every = pd.DataFrame(
         {
             "prompt": [one.prompt for one in asked],
             "new answer": [one.new for one in asked],
             "worked before": before["success"].astype(bool).map(YES_NO),
             "works": after["success"].astype(bool).map(YES_NO),
-            "other wording": [None if works != works else YES_NO[bool(works)] for works in _paraphrased(after)],
+            "other wording": [None if works != works else YES_NO[bool(works)] for works in reworded],
             "log p(new), change in nats": after["log_prob_new"] - before["log_prob_new"],
         }
     ).reset_index(drop=True)
@@ -99,10 +100,6 @@ def write_report(path: Path, record: Mapping[str, Any], edits: Sequence[Edit]) -
     method: Any = {**METHODS, **EDITORS}[record["method"]]
     subtitle = f"{record['edits']} edits in {record['settings']['model']} by {method.title}, {record['mode']}"
     save_page(path, record["verdict"], sections, subtitle, record["provenance"])
-
-
-def _paraphrased(records: pd.DataFrame) -> pd.Series:
-    return records.get("paraphrase_success", pd.Series(index=records.index, dtype=float)).astype(float)
 
 
 def _moved(questions: Mapping[str, Sequence[Any]]) -> pd.DataFrame:

@@ -93,16 +93,14 @@ def replay_rows(model: Any, rows: int, max_length: int) -> list[dict[str, list[i
     return [{"input_ids": piece, "labels": piece} for piece in pieces]
 
 
-class KlPenalty(Penalty):
+class KlOnText:
     """KL(base ‖ adapted), mean per token in nats, on some tokens of a text, chosen by seed and step.
 
     Both models run in eval mode, so no random number is drawn that training would miss.
     """
 
-    name = "kl"
-
-    def __init__(self, rows: Sequence[Tensor], weight: float, tokens: int, seed: int, together: bool = True):
-        self.weight, self._together = weight, together  # whether the model keeps pieces in one sequence apart
+    def __init__(self, rows: Sequence[Tensor], tokens: int, seed: int, together: bool = True):
+        self._together = together  # whether the model keeps pieces in one sequence apart
         self._tokens, self._seed = tokens, seed
         length = min(max(map(len, rows)), tokens)
         self._pieces = [piece for row in rows for piece in row.split(length)]
@@ -139,11 +137,12 @@ class KlPenalty(Penalty):
         return F.log_softmax(logits.float(), dim=-1)
 
 
-def kl_penalty(recipe: TrainRecipe, model: nn.Module, tokenizer: Any) -> KlPenalty | None:
+def kl_penalty(recipe: TrainRecipe, model: nn.Module, tokenizer: Any) -> Penalty | None:
     """Return the penalty of a recipe, if any; `model` is bare, and text is sampled from it if none is named."""
     settings = recipe.train
     if not settings.kl_weight:
         return None
     text, pool = settings.kl_text, settings.kl_pool
     rows = sampled_rows(model, pool) if text is None else calibration_rows(tokenizer, text, pool, model)
-    return KlPenalty(rows, settings.kl_weight, settings.kl_tokens, recipe.seed, keeps_rows_apart(model))
+    value = KlOnText(rows, settings.kl_tokens, recipe.seed, keeps_rows_apart(model))
+    return Penalty("kl", settings.kl_weight, value)

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field
 
@@ -33,15 +33,15 @@ ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 Begin = Callable[["PeftModel"], None]  # brings a new adapter to the point where training begins
 
 
-class Penalty:
-    """A term of the loss: `weight` times its value is added once a step; `name` is its column in the metrics."""
+class Penalty(NamedTuple):
+    """A term of the loss, added once a step: `weight` times `value(model, step)`; `name` is its column in the metrics.
 
-    name: ClassVar[str]
+    The value is a scalar with gradients to the adapter.
+    """
+
+    name: str
     weight: float
-
-    def __call__(self, model: Any, step: int) -> "Tensor":
-        """Return the value without its weight, a scalar with gradients to the adapter."""
-        raise NotImplementedError
+    value: "Callable[[Any, int], Tensor]"
 
 
 class Session:

@@ -155,12 +155,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value or {}
 
 
-def put_over(value: dict[str, Any], override: str) -> None:
+def put_over(value: dict[str, Any], override: str, example: str = "train.lr=1e-4") -> None:
     """Put one `a.b=value`, the value in YAML, over a recipe; ConfigError if it is malformed, or `a` is no block."""
     key, equals, raw = override.partition("=")
     *parents, last = key.strip().split(".")
     if not equals or not all((*parents, last)):
-        raise ConfigError(f"--set {override}: expected key=value, for example --set train.lr=1e-4")
+        raise ConfigError(f"--set {override}: expected key=value, for example --set {example}")
     for part in parents:
         if value.get(part) is None:
             value[part] = {}

@@ -11,7 +11,7 @@ from hiplora.devices import machine_dtype, pick_device, torch_dtype
 from hiplora.errors import DataError
 from hiplora.models import load_tokenizer
 from hiplora.positions import context_length, position_limit, within_context
-from hiplora.training.fit import check_fit
+from hiplora.training.adapt import check_fit
 from hiplora.training.recipe import TrainRecipe
 
 if TYPE_CHECKING:

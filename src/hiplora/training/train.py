@@ -32,8 +32,7 @@ from hiplora.files import write_atomic
 from hiplora.models import load_tokenizer
 from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
-from hiplora.training.adapt import put_on, save_trained, start_problem
-from hiplora.training.fit import check_fit, check_trackers
+from hiplora.training.adapt import check_fit, check_trackers, put_on, save_trained, start_problem
 from hiplora.training.method import CONFIG_FILE, WEIGHTS_FILE
 from hiplora.training.recipe import TrainRecipe
 from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes

@@ -68,7 +68,7 @@ class AdapterTrainer(SFTTrainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
             for penalty in self.penalties if number < clients else ():
                 with self.compute_loss_context_manager():
-                    value = penalty(self.model, self.state.global_step)
+                    value = penalty.value(self.model, self.state.global_step)
                 self.accelerator.backward(penalty.weight / clients * value)
                 record.penalties[penalty.name] = record.penalties.get(penalty.name, 0.0) + value.item() / clients
         record.add(loss, int(tokens))

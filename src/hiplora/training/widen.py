@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from hiplora.data.encoding import IGNORED, encode_examples
 from hiplora.data.examples import load_data
 from hiplora.data.texts import ROW_LENGTH
 from hiplora.errors import ConfigError, HipLoraError
+from hiplora.evaluation.likelihood import pad_left
 from hiplora.files import write_atomic
 from hiplora.positions import within_context
 from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
@@ -40,7 +40,9 @@ def put_on_widened(method: Any, model: Any, tokenizer: Any, folder: Path, *, see
     from hiplora.tuner.experts import unrolled
 
     adapted: Any = PeftModel.from_pretrained(model, str(folder))
-    model, config, before = adapted.merge_and_unload(), method.peft_config(steps), protected_by(folder)
+    model, config = adapted.merge_and_unload(), method.peft_config(steps)
+    wider = (folder / BASIS_FILE).is_file()
+    before = load_file(folder / BASIS_FILE) if wider else _basis(load_file(folder / WEIGHTS_FILE))
     rows = written_by(model, tokenizer, folder, method.calibration_tokens)
     calibrate(model, config, rows=rows, source="the adapted model, on the finished task and at large")
     with unrolled(model):
@@ -85,8 +87,7 @@ def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Te
 def _continued(model: Any, tokenizer: Any, prompts: list[Tensor]) -> list[Tensor]:
     """Sample what a model writes after prompts, to the end of the text or of the row."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
-    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+    ids, mask, _ = pad_left([prompt.tolist() for prompt in prompts], pad)
     begun = ids.shape[1]
     written = model.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=True, top_k=0, top_p=1.0,
@@ -99,14 +100,8 @@ def _continued(model: Any, tokenizer: Any, prompts: list[Tensor]) -> list[Tensor
     return rows
 
 
-def protected_by(folder: Path) -> dict[str, Tensor]:
-    """Return what an adapter's training kept out of: MODULE.U and MODULE.V."""
-    if (folder / BASIS_FILE).is_file():
-        return load_file(folder / BASIS_FILE)
-    return _basis(load_file(folder / WEIGHTS_FILE))
-
-
 def _basis(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the factors of a HiP-LoRA adapter as MODULE.U and MODULE.V."""
     return {
         key.removeprefix("base_model.model.").replace(".hiplora_", "."): tensor
         for key, tensor in tensors.items()

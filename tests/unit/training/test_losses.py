@@ -9,7 +9,7 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 
 from hiplora.training import losses as module
-from hiplora.training.losses import KlPenalty, TokenLoss, kl_without_target, token_weights
+from hiplora.training.losses import KlOnText, TokenLoss, kl_without_target, token_weights
 from hiplora.training.recipe import TrainRecipe
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -36,7 +36,7 @@ def test_the_penalty_is_the_mean_divergence_per_token_of_texts_that_do_not_see_e
     monkeypatch.setattr(module, "calibration_rows", lambda *_: ROWS)
     train = {"kl_weight": 1.0, "kl_text": "its rows are given", "kl_tokens": 65}
     recipe = TrainRecipe.model_validate({"model": "m", "data": "d.jsonl", "train": train, "seed": 1})
-    penalty = module.kl_penalty(recipe, bare := make(), None)
+    penalty = module.kl_penalty(recipe, bare := make(), None).value
     model, total = adapted(bare, target_modules="all-linear").eval(), 0.0
     pieces = penalty.batch(3)
     assert len(pieces) > 1
@@ -56,7 +56,7 @@ def test_only_the_adapter_gets_a_gradient_and_the_model_is_left_as_it_was():
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     modes = {name: m.training for name, m in model.named_modules()}
     state = torch.random.get_rng_state()
-    KlPenalty(ROWS, 1.0, 30, seed=0)(model, 0).backward()
+    KlOnText(ROWS, 30, seed=0)(model, 0).backward()
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert {name: m.training for name, m in model.named_modules()} == modes
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -66,7 +66,7 @@ def test_only_the_adapter_gets_a_gradient_and_the_model_is_left_as_it_was():
 
 def test_every_text_is_read_once_a_pass_in_an_order_of_seed_and_step_alone():
     def read(seed):
-        penalty = KlPenalty([torch.tensor([row] * 8) for row in range(6)], 1.0, 16, seed=seed)
+        penalty = KlOnText([torch.tensor([row] * 8) for row in range(6)], 16, seed=seed)
         return [int(piece[0]) for step in range(6) for piece in penalty.batch(step)]
 
     assert [sorted(lap) for lap in (read(3)[:6], read(3)[6:])] == [list(range(6))] * 2
@@ -74,7 +74,7 @@ def test_every_text_is_read_once_a_pass_in_an_order_of_seed_and_step_alone():
     assert read(3) == read(3) != read(4)
     for tokens, lengths in ((8, [8]), (256, [256]), (300, [256, 44])):
         rows = [torch.zeros(256, dtype=torch.long)] * 5
-        assert [len(piece) for piece in KlPenalty(rows, 1.0, tokens, seed=0).batch(7)] == lengths
+        assert [len(piece) for piece in KlOnText(rows, tokens, seed=0).batch(7)] == lengths
 
 
 def test_a_recipe_names_its_text_or_has_it_sampled(tmp_path):
@@ -87,8 +87,8 @@ def test_a_recipe_names_its_text_or_has_it_sampled(tmp_path):
 
     assert penalty() is None
     read = penalty(kl_weight=0.5, kl_text=path, kl_pool=40, kl_tokens=40)
-    assert tiny_tokenizer().decode(read.batch(0)[0]) == "abc " * 10
-    assert sum(map(len, penalty(kl_weight=0.5, kl_pool=500, kl_tokens=512).batch(0))) >= 256
+    assert tiny_tokenizer().decode(read.value.batch(0)[0]) == "abc " * 10
+    assert sum(map(len, penalty(kl_weight=0.5, kl_pool=500, kl_tokens=512).value.batch(0))) >= 256
 
 
 def test_the_weights_of_tokens_are_those_of_the_papers():

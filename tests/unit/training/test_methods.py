@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from hiplora.errors import ConfigError
-from hiplora.training.adapt import put_on
+from hiplora.training.adapt import fitting_config, put_on
 from hiplora.training.baselines import METHODS
-from hiplora.training.fit import fitting_config
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 # A value other than the default for every field of PEFT's.

@@ -99,11 +99,11 @@ class AdaLoraMethod(LowRank):
 class AdaLoraSession(Session):
     """AdaLoRA while it trains. Checkpoints hold what is masked for now too: PEFT may bring it back."""
 
-    def __init__(self, model: "PeftModel", orthogonality: float):
+    def __init__(self, model: "PeftModel", price: float):
         super().__init__(model)
         tuner: Any = model.base_model
         self._tuner, self._config = tuner, tuner.peft_config[ADAPTER]
-        self.penalties = [Orthogonality(orthogonality)] if orthogonality else []
+        self.penalties = [Penalty("orthogonality", price, orthogonality)] if price else []
 
     def after_step(self, step: int, last: bool) -> None:
         """Let PEFT weigh and prune the ranks; it counts from 0."""
@@ -137,23 +137,15 @@ class AdaLoraSession(Session):
         self._config.rank_pattern = pattern
 
 
-class Orthogonality(Penalty):
-    """AdaLoRA's price of factors that are not orthonormal: the mean of ‖AAᵀ − I‖ and ‖BᵀB − I‖ over the modules.
+def orthogonality(model: Any, step: int) -> "Tensor":
+    """Return how far AdaLoRA's factors are from orthonormal: the mean of ‖AAᵀ − I‖ and ‖BᵀB − I‖ over the modules.
 
     PEFT adds it to the loss of every micro-batch that asks the model for its loss; TRL's trainer does not.
     """
+    import torch
+    from peft.tuners.adalora import AdaLoraLayer
 
-    name = "orthogonality"
-
-    def __init__(self, weight: float):
-        self.weight = weight
-
-    def __call__(self, model: Any, step: int) -> "Tensor":
-        """Return the price, a scalar with its gradient."""
-        import torch
-        from peft.tuners.adalora import AdaLoraLayer
-
-        layers: Any = [m for m in model.modules() if isinstance(m, AdaLoraLayer) and ADAPTER in m.lora_A]
-        pairs = [(layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for layer in layers]
-        grams = [gram for A, B in pairs for gram in (A @ A.T, B.T @ B)]
-        return torch.stack([torch.linalg.norm(g - torch.eye(len(g), device=g.device)) for g in grams]).mean()
+    layers: Any = [m for m in model.modules() if isinstance(m, AdaLoraLayer) and ADAPTER in m.lora_A]
+    pairs = [(layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for layer in layers]
+    grams = [gram for A, B in pairs for gram in (A @ A.T, B.T @ B)]
+    return torch.stack([torch.linalg.norm(g - torch.eye(len(g), device=g.device)) for g in grams]).mean()
