@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hiplora.data.encoding import IGNORED
 from hiplora.errors import DataError
+from hiplora.tuner.moments import restored
 
 LOGITS_BYTES = 1 << 30  # of fp32 logits in memory at once
 
@@ -140,10 +141,7 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Have the model in eval mode inside the block, and in its own mode afterwards."""
-    training = model.training
-    model.eval()
-    try:
+    """Have the model in eval mode inside the block, and each of its modules in its own mode afterwards."""
+    with restored(model):
+        model.eval()
         yield
-    finally:
-        model.train(training)

@@ -74,8 +74,10 @@ def test_heldout_loss_weighs_every_token_alike_whatever_the_batches(model):
         assert heldout_loss(model, EXAMPLES, size) == pytest.approx(expected, abs=1e-5)
 
 
-def test_heldout_loss_switches_dropout_off_and_puts_the_mode_back():
+def test_heldout_loss_switches_dropout_off_and_leaves_each_module_in_its_mode():
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(lora_dropout=0.9, init_lora_weights=False)).train()
+    model.get_submodule("base_model.model.model.layers.0").eval()  # as one freezes a part
+    modes = [module.training for module in model.modules()]
     first, again = (heldout_loss(model, EXAMPLES) for _ in range(2))
     assert first == again
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
