@@ -74,8 +74,10 @@ def sparing(inputs: Inputs) -> Iterator[None]:
         _READ.reset(token)
 
 
-def check_output_dir(path: str | os.PathLike, overwrite: bool = False, inputs: Inputs | None = None) -> Path:
-    """Return `path` if an output folder may be made there; a folder that exists needs `overwrite`.
+def check_output_dir(
+    path: str | os.PathLike, overwrite: bool = False, inputs: Inputs | None = None, option: str = "--out"
+) -> Path:
+    """Return `path`, which `option` named, if an output folder may be made there; one that exists needs `overwrite`.
 
     Raises:
         ConfigError: the path exists (and `overwrite` is False), is not a folder, is or holds one of the `inputs` or
@@ -84,13 +86,13 @@ def check_output_dir(path: str | os.PathLike, overwrite: bool = False, inputs: I
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise ConfigError(f"--out {path}: exists and is not a folder; name another")
-    _check_replaced(path, overwrite, inputs, "--out")
+        raise ConfigError(f"{option} {path}: exists and is not a folder; name another")
+    _check_replaced(path, overwrite, inputs, option)
     if path.exists():
         folder = path.resolve()
         precious = any(own.is_relative_to(folder) for own in (Path.cwd(), Path.home())) or (folder / ".git").exists()
         if precious:
-            raise ConfigError(f"--out {path}: --overwrite would delete all of this folder; name another")
+            raise ConfigError(f"{option} {path}: --overwrite would delete all of this folder; name another")
     return path
 
 

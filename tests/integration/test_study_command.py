@@ -42,8 +42,8 @@ def test_a_study_of_which_nothing_is_done_has_no_report(small, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ((), "report: exists already"),
-        (("--to", "ours"), "ours: exists already"),
+        ((), "--to report: exists already"),
+        (("--to", "ours"), "--to ours: exists already"),
         (("--out", "of-ours"), "none of its 5 jobs is done"),
         (("--to", "artifacts", "--overwrite"), "would delete the study's artifacts"),
         (("--to", "data", "--overwrite"), "would delete the study's data"),

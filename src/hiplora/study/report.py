@@ -28,7 +28,7 @@ def report(study: Study, out: str | Path, overwrite: bool = False) -> dict[str, 
     files = study.files if data in Path(out).resolve().parents else [data]  # a folder of data may hold reports
     inputs: dict[str, Any] = {f"the study's {name}": store.path / name for name in ("results", "artifacts")}
     inputs |= {"the base model": study.place.model, **{f"the study's data, {file}": file for file in files}}
-    check_output_dir(out, overwrite, inputs)
+    check_output_dir(out, overwrite, inputs, "--to")
     records = [record for job in graph if (record := store.record(job)) is not None]
     if not records:
         raise ConfigError(f"study {recipe.study}: none of its {len(graph)} jobs is done in {store.path}; run it first")
