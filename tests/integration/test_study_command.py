@@ -42,7 +42,7 @@ def test_a_study_of_which_nothing_is_done_has_no_report(small, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ((), "--to report: exists already"),
+        ((), "report: exists already"),
         (("--to", "ours"), "--to ours: exists already"),
         (("--out", "of-ours"), "none of its 5 jobs is done"),
         (("--to", "artifacts", "--overwrite"), "would delete the study's artifacts"),
