@@ -1,5 +1,6 @@
 """Rows of data files, each with its place ("line 3") so that an error can name it, and the formats they may have."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -174,9 +175,15 @@ _CONVERT = "convert it with `iconv -f {} -t UTF-8`"
 
 
 def _wide(head: bytes) -> str:
-    """Name UTF-16 or UTF-32 where a file begins with its byte-order mark, or its first characters have zeros."""
-    kind = json.detect_encoding(head)
-    return "" if kind.startswith("utf-8") else kind.upper().replace("-LE", "LE").replace("-BE", "BE")
+    """Name UTF-16 or UTF-32 where a file begins with its byte-order mark, or has a zero in many of its first bytes."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    zeros = head.count(0)
+    if 8 * zeros < max(len(head), 8):
+        return ""
+    return f"UTF-{32 if 5 * zeros > 3 * len(head) else 16}{'LE' if head[0] else 'BE'}"
 
 
 def check_rows(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hiplora.data.encoding import IGNORED
 from hiplora.errors import DataError
-from hiplora.tuner.moments import restored
+from hiplora.tuner import restored
 
 LOGITS_BYTES = 1 << 30  # of fp32 logits in memory at once
 

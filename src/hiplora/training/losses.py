@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from hiplora.data.encoding import IGNORED
 from hiplora.data.texts import ROW_LENGTH, calibration_rows
+from hiplora.evaluation.likelihood import eval_mode
 from hiplora.training.method import Penalty
 from hiplora.training.recipe import TrainRecipe
 from hiplora.training.sequences import keeps_rows_apart
-from hiplora.tuner import base_only, restored, sampled_rows
+from hiplora.tuner import base_only, sampled_rows
 
 EAFT_TOP = 20  # tokens whose entropy EAFT measures
 STM_PERPLEXITY = 2.5  # above which STM leaves a token out
@@ -120,8 +121,7 @@ class KlOnText:
     def __call__(self, model: Any, step: int) -> Tensor:
         """Return the divergence, with gradients to the adapter only."""
         pieces = self.batch(step)
-        with restored(model):
-            model.eval()
+        with eval_mode(model):
             with torch.no_grad(), base_only(model):
                 base = self._log_probs(model, pieces)
             adapted = self._log_probs(model, pieces)

@@ -146,6 +146,7 @@ def test_bad_rows_are_left_out_wherever_they_stand(tmp_path, name, content):
         ("rows.json", b'{"text": "a"', r"line 1: not valid JSON"),
         ("rows.json", b'"a"', "expected a list of rows"),
         ("rows.jsonl", '{"text": "a"}'.encode("utf-16"), "line 1: not UTF-8, .* looks like UTF-16;"),
+        ("rows.csv", "日本語,answer\nOne?,Two\n".encode("utf-16-le"), "not UTF-8, .* looks like UTF-16LE;"),
         *[
             (name, '[{"text": "a ä"}]'.encode(wide), f"line 1: not UTF-8, .* looks like {wide};")
             for wide in ("UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE", "UTF-32")
