@@ -1,41 +1,78 @@
-"""Whether a chat template from a stranger's model comes to an end."""
+"""Chat templates of strangers' models: whether one comes to an end, and takes messages that are plain text."""
 
 import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 SECONDS = 30  # with the start of a process
+# What stands before a template that takes the parts of a message, and would leave out or refuse plain text.
+_PARTS = """\
+{%- set text = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message.content is string -%}
+{%- set message = dict(message, content=[{"type": "text", "text": message.content}]) -%}
+{%- endif -%}
+{%- set text.messages = text.messages + [message] -%}
+{%- endfor -%}
+{%- set messages = text.messages -%}
+"""
+_IN_PARTS = 4  # exit status: it works with these lines only
 _RENDER = """
-import contextlib, json, re, sys
+import json, re, sys
 sys.path[:0] = json.loads(sys.argv[1])
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-with contextlib.suppress(ImportError, ValueError, OSError):
+try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
-turns = [{"role": role, "content": "text"} for role in ("user", "assistant")]
-try:
-    template = re.sub(r"{%-?\\s*(end)?generation\\s*-?%}", "", sys.stdin.buffer.read().decode("utf-8", "replace"))
-    ImmutableSandboxedEnvironment(**options).from_string(template).render(messages=turns, add_generation_prompt=True)
-except MemoryError:
-    sys.exit(3)
-except Exception:
+except (ImportError, ValueError, OSError):
     pass
+options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
+turns = [{"role": role, "content": f"said by {role}"} for role in ("user", "assistant")]
+template = re.sub(r"{%-?\\s*(end)?generation\\s*-?%}", "", sys.stdin.buffer.read().decode("utf-8", "replace"))
+for before, status in (("", 0), (sys.argv[2], int(sys.argv[3]))):
+    try:
+        made = ImmutableSandboxedEnvironment(**options).from_string(before + template)
+        text = made.render(messages=turns, add_generation_prompt=True)
+        if all(turn["content"] in text for turn in turns):
+            sys.exit(status)
+    except MemoryError:
+        sys.exit(3)
+    except Exception:
+        pass
 """
 
 
+def prepare_template(tokenizer: Any) -> bool:
+    """Make a tokenizer's chat templates, of which there may be several by name, take messages that are plain text.
+
+    Those of models that see pictures may want a message in parts. Returns False, and changes nothing, if one does not
+    come to an end.
+    """
+    given = getattr(tokenizer, "chat_template", None)
+    named = given if isinstance(given, dict) else {"default": given}
+    ready = {name: _ready(text) for name, text in named.items() if isinstance(text, str)}
+    if None in ready.values():
+        return False
+    if ready:
+        tokenizer.chat_template = ready if isinstance(given, dict) else ready["default"]
+    return True
+
+
 @functools.cache
-def renders(template: str) -> bool:
-    """Return whether a chat template comes to an end, tried in a process that can be stopped: it may never do so.
+def _ready(template: str) -> str | None:
+    """Return a template that takes plain text, tried in a process that can be stopped; None if that takes too long.
 
     What else is wrong with it shows where it is used; so does a template that cannot be tried.
     """
     paths = [path for path in sys.path if path and Path(path) != Path.cwd()]  # nothing of a working folder runs
-    command = [sys.executable, "-I", "-c", _RENDER, json.dumps(paths)]
+    command = [sys.executable, "-I", "-c", _RENDER, json.dumps(paths), _PARTS, str(_IN_PARTS)]
     try:
         done = subprocess.run(command, input=template.encode(errors="replace"), capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return False
-    return done.returncode in (0, 1)
+        return None
+    if done.returncode not in (0, 1, _IN_PARTS):
+        return None
+    return _PARTS + template if done.returncode == _IN_PARTS else template

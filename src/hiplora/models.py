@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hiplora.chat_template import SECONDS, renders
+from hiplora.chat_template import SECONDS, prepare_template
 from hiplora.errors import ConfigError, HipLoraError, first_line
 from hiplora.files import cache_dir, file_lock, staged_dir, write_atomic
 from hiplora.positions import looks_ahead
@@ -199,13 +199,11 @@ def load_tokenizer(model: str) -> Any:
     tokenizer = _pretrained(AutoTokenizer, model)
     if not knows_text(tokenizer):
         raise ConfigError(f"model {model}: has no tokenizer; put the files of its tokenizer into the folder")
-    given = getattr(tokenizer, "chat_template", None)
-    for template in given.values() if isinstance(given, dict) else [given]:
-        if isinstance(template, str) and not renders(template):
-            raise ConfigError(
-                f"model {model}: its chat template takes over {SECONDS} s or 2 GiB for one short conversation; "
-                "replace `chat_template` in its tokenizer's files"
-            )
+    if not prepare_template(tokenizer):
+        raise ConfigError(
+            f"model {model}: its chat template takes over {SECONDS} s or 2 GiB for one short conversation; "
+            "replace `chat_template` in its tokenizer's files"
+        )
     # Texts are cut to the context after they are tokenized: no warning that they are longer.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer

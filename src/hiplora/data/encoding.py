@@ -1,10 +1,11 @@
 """From examples to token ids and labels: only responses are learned, and whatever is cut or left out is counted."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, takewhile
 from typing import Any
 
 from hiplora.data.examples import Example
@@ -13,6 +14,7 @@ from hiplora.errors import DataError, first_line
 IGNORED = -100  # label of a token that is read but not learned
 CHUNK = 1000  # examples per call of the tokenizer
 MARK = re.compile(r"\{%-?\s*generation\b")
+UNFINISHED = re.compile(r"<[^<>\s]*$")  # a token as <|im_end|> that a text breaks off
 
 Tokens = tuple[list[int], list[int]]  # token ids, labels
 Span = tuple[int, int]  # characters of a rendered conversation
@@ -224,25 +226,21 @@ def _conversation(tokenizer: Any, example: Example) -> Tokens:
 def _rendered(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
     """Render a conversation; return its text and the spans of the assistant's messages to learn.
 
-    They are the template's own {% generation %} marks, lengthened to the end of the turn where they leave it out;
-    without marks, beginnings of the conversation are rendered to find the turns.
+    Where the template ends no turn, or writes an answer in another way once more turns follow (without its thoughts,
+    say), TRL's edition of it for training takes its place.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     messages, tools = [dict(message) for message in example.messages], list(example.tools) or None
-    template = tokenizer.get_chat_template(tools=tools)
-    given = {"conversations": [messages], "tools": tools, "chat_template": template, **tokenizer.special_tokens_map}
-    marked = bool(MARK.search(template))
-    (text, *_), marks = render_jinja_template(**given, return_assistant_tokens_mask=marked)
-    specials = _specials(tokenizer)
-    if not marked:
-        spans = list(_turns(tokenizer, messages, tools, text, specials))
-    else:
-        spans = [(start, end) for start, end in marks[0] if end > start]
-        if not all(text[start:end].rstrip().endswith(specials) for start, end in spans):
-            with contextlib.suppress(DataError, ValueError):
-                turns = _turns(tokenizer, messages, tools, text, specials)
-                spans = [(start, max(end, turn)) for (start, end), (_, turn) in zip(spans, turns, strict=True)]
+    template, specials, wrong = tokenizer.get_chat_template(tools=tools), _specials(tokenizer), None
+    answers = functools.partial(_answers, tokenizer, messages, tools, specials)
+    try:
+        text, spans = answers(template, bool(MARK.search(template)))
+    except (DataError, TypeError) as error:
+        text, spans, wrong = "", [], error
+    if wrong or not all(text[start:end].endswith(specials) for start, end in spans):
+        if edition := _training_edition(tokenizer, template):
+            text, spans = answers(edition, marked=False)
+        elif wrong:
+            raise wrong
     said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     kept = [index >= example.learn_from and messages[index].get("weight") != 0 for index in said]
     if all(kept):
@@ -255,15 +253,56 @@ def _rendered(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
     return text, [span for span, learned in zip(spans, kept, strict=True) if learned]
 
 
+@functools.lru_cache(maxsize=8)
+def _training_edition(tokenizer: Any, template: str) -> str | None:
+    """Return TRL's edition of a model's own template for training; None if it has none."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    with contextlib.suppress(ValueError):  # a template that TRL does not know
+        return get_training_chat_template(tokenizer) if template == tokenizer.chat_template else None
+    return None
+
+
+def _answers(
+    tokenizer: Any, messages: list[Any], tools: Any, specials: tuple[str, ...], template: str, marked: bool
+) -> tuple[str, list[Span]]:
+    """Render a conversation by a template; return its text and the spans of all that the assistant says.
+
+    They are the template's {% generation %} marks where it is `marked`, lengthened to the end of the turn where they
+    leave it out; else beginnings of the conversation are rendered to find the turns.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    given = {"conversations": [messages], "tools": tools, "chat_template": template, **tokenizer.special_tokens_map}
+    (text, *_), marks = render_jinja_template(**given, return_assistant_tokens_mask=marked)
+    turns = functools.partial(_turns, tokenizer, messages, tools, specials, template, text)
+    if not marked:
+        return text, list(turns())
+    spans = [(start, _turn_end(text, start, end, specials)) for start, end in marks[0] if end > start]
+    if not all(text[start:end].endswith(specials) for start, end in spans):
+        with contextlib.suppress(DataError, ValueError):
+            spans = [(start, max(end, turn)) for (start, end), (_, turn) in zip(spans, turns(), strict=True)]
+    return text, spans
+
+
+def _turn_end(text: str, start: int, end: int, specials: tuple[str, ...]) -> int:
+    """Return where a turn of the text ends: after its last special token, if only blanks follow there."""
+    said = text[start:end].rstrip()
+    return start + len(said) if said.endswith(specials) else end
+
+
 def _specials(tokenizer: Any) -> tuple[str, ...]:
     return tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
-def _turns(tokenizer: Any, messages: list[Any], tools: Any, full: str, specials: Sequence[str]) -> Iterator[Span]:
+def _turns(
+    tokenizer: Any, messages: list[Any], tools: Any, specials: tuple[str, ...], template: str, full: str
+) -> Iterator[Span]:
     """Find the assistant's turns in a rendered conversation by rendering its beginnings."""
 
     def render(count: int, prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(messages[:count], tools, tokenize=False, add_generation_prompt=prompt)
+        options = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": template}
+        return tokenizer.apply_chat_template(messages[:count], tools, **options)
 
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -271,9 +310,16 @@ def _turns(tokenizer: Any, messages: list[Any], tools: Any, full: str, specials:
         after = render(index + 1)
         header = render(1, prompt=True)[len(render(1)) :] if not index else ""  # nothing renders no messages
         before = render(index, prompt=True) if index else after[: after.find(header) + len(header)]
-        if not (full.startswith(after) and after.startswith(before)):
+        start, bare = len(before), after.rstrip()
+        if not after.startswith(before):  # what a prompt opens, such as thoughts, an answer may do without
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
+            start = len(UNFINISHED.sub("", after[:same]))
+        while bare.endswith(specials):
+            bare = bare.removesuffix(next(filter(bare.endswith, specials))).rstrip()
+        end = next(filter(full[len(bare) :].startswith, specials), "")  # the last answer's may be another
+        whole = after if full.startswith(after) else bare + end
+        opened = start == len(before) or start > len(render(index))
+        if not (opened and full.startswith(whole) and (end or whole == after)):
             what = f"the model's chat template renders message {index + 1} differently when it is not the last"
             raise DataError(f"{what}; mark {{% generation %}} in it, or give the rows as prompt and completion")
-        said = after[len(before) :]
-        end = max((said.rfind(token) + len(token) for token in specials if token in said), default=len(said))
-        yield len(before), len(before) + (end if not said[end:].strip() else len(said))
+        yield start, _turn_end(full, start, len(whole), specials)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.cache_utils import DynamicLayer
 
+from hiplora.chat_template import prepare_template
 from hiplora.errors import ConfigError
 from hiplora.files import cache_dir
 from hiplora.models import knows_text
@@ -165,9 +166,11 @@ def _chat_pieces(tokenizer: Any) -> tuple[str, str, str] | None:
 
 def _own_tokenizer(model: Any) -> Any:
     """Return the tokenizer of the folder or hub name that a model was loaded from, if this machine has it."""
-    name = getattr(model, "name_or_path", "")
+    if not (name := getattr(model, "name_or_path", "")):
+        return None
     with contextlib.suppress(Exception):  # whatever transformers raises: the model may have come without one
-        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False) if name else None
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        return tokenizer if prepare_template(tokenizer) else None
     return None
 
 

@@ -1,12 +1,15 @@
 """Tokens and labels: only responses are learned, prompts keep their own tokens, nothing is lost uncounted."""
 
 import re
+from pathlib import Path
 
 import pytest
+import trl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from hiplora.chat_template import prepare_template
 from hiplora.data.encoding import IGNORED, as_texts, encode_examples, shown
 from hiplora.data.examples import Example
 from hiplora.errors import DataError
@@ -43,7 +46,7 @@ def encode_example(tokenizer, example):
 
 def learned(tokenizer, example):
     """The text that is learned, in pieces between what is not."""
-    (row,), _ = encode_examples(tokenizer, [example], 1000)
+    (row,), _ = encode_examples(tokenizer, [example], 10_000)
     return re.findall("⟦(.*?)⟧", shown(tokenizer, row), re.S)
 
 
@@ -198,6 +201,29 @@ def test_a_conversation_that_the_template_refuses_is_named_by_its_row_or_left_ou
     assert (len(rows), report.examples, len(bad)) == (1, 1, 1)
     with pytest.raises(DataError, match=r"line 2: .*no system"):
         encode_examples(tokenizer, [refused], 1000, bad)
+
+
+# The templates of published models that TRL brings; the pattern finds their special tokens.
+STOCK = sorted(
+    path for path in Path(trl.__file__).parent.glob("chat_templates/*.jinja") if "training" not in path.stem
+)
+SPECIAL = re.compile(r"<[|｜][^<>\s'\"]+[|｜]>|<turn\|>|<end_of_\w+>|</s>")
+
+
+@pytest.mark.parametrize("turns", [2, 4])
+@pytest.mark.parametrize("stock", STOCK, ids=lambda path: path.stem)
+def test_published_templates_learn_each_answer_to_its_end_and_nothing_else(stock, turns):
+    tokenizer = templated(stock.read_text(encoding="utf-8"))
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted({*SPECIAL.findall(tokenizer.chat_template)})})
+    assert prepare_template(tokenizer)
+    said = ["Who wrote it?", "Jane Austen did.", "And when?", "In 1813."][:turns]
+    talk = tuple({"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, said, strict=False))
+    found = learned(tokenizer, Example("", said[-1], talk))
+    assert len(found) == turns // 2
+    for answer, text in zip(said[1::2], found, strict=True):
+        # Thoughts, though none were had, and the channel of an answer are the model's own words.
+        assert re.sub(r"final|to=user|</?think>|\s", "", SPECIAL.sub("", text)) == answer.replace(" ", "")
+        assert text.endswith(tuple(SPECIAL.findall(text)[-1:]))
 
 
 def sentencepiece():
