@@ -113,12 +113,12 @@ class Saved:
 def update_of(saved: Saved) -> AdapterUpdate:
     """Return an adapter as an update, its scaling baked into `B'`; AdapterError if it is not a plain one or damaged."""
     config, kind = saved.config, saved.config["peft_type"]
-    if kind not in _FORMATS:
+    if kind not in FORMATS:
         raise saved.error(
             f"an adapter of type {kind} is not read as a plain update; train it as LoRA, AdaLoRA, OSF or HiP-LoRA, "
             "or convert it first with peft.save_as_lora"
         )
-    prefix, part, needed, read = _FORMATS[kind]
+    prefix, part, needed, read = FORMATS[kind]
     if kind == "HIPLORA":
         gains, stored = config.get("principal_channel", True), config.get("save_factors", True)
         needed = (*needed, *(["delta"] if gains else []), *(["U", "sigma", "V"] if stored else []))
@@ -302,7 +302,7 @@ def _factors(saved: Saved, module: str, k: int) -> Parts:
 
 
 # PEFT's type → what stands before a tensor's part in its name, the parts, those that every module has, their reader.
-_FORMATS: dict[str, tuple[str, str, tuple[str, ...], Callable[..., Pair | Channels]]] = {
+FORMATS: dict[str, tuple[str, str, tuple[str, ...], Callable[..., Pair | Channels]]] = {
     "LORA": ("lora_", "[AB]", ("A", "B"), _lora),
     "ADALORA": ("lora_", "[ABE]", ("A", "B", "E"), _adalora),
     "OSF": ("osf_svd_params.", "[USV]_low(?:_init)?", ("U_low", "S_low", "V_low"), _osf),

@@ -15,7 +15,7 @@ from pydantic import BaseModel, FiniteFloat, PositiveInt, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hiplora.adapters.formats import Saved, update_of
+from hiplora.adapters.formats import FORMATS, Saved, update_of
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError, first_line
 from hiplora.tuner import check_patterns, plain_name  # its import registers HiP-LoRA with PEFT
@@ -154,8 +154,9 @@ def read_folder(folder: Path, modules: Iterable[str] = ()) -> tuple[dict[str, An
 
 def _check_config(config: Mapping[str, Any], tensors: Iterable[str], source: str) -> None:
     """Check the types of the settings that are read, and that no pattern takes long to match; name what is unknown."""
+    own = config["peft_type"] in FORMATS  # elsewhere a rank may be anything: OFT's is 0 where its blocks have a size
     try:
-        _Settings.model_validate(config)
+        _Settings.model_validate(config if own else {**config, "r": 1})
     except ValidationError as error:
         first = error.errors()[0]
         why = first["msg"].replace("Input should be", "expected")

@@ -98,6 +98,12 @@ def mounted(model: nn.Module, folder: str | Path | None) -> Iterator[Any]:
     try:
         if foreign := [name for keys in loaded for name in keys.unexpected_keys]:
             raise AdapterError(f"{folder}: the model has no place for {foreign[0]}; check that it is for this base")
+        try:
+            with torch.no_grad():
+                adapted(input_ids=torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device))
+        except Exception as error:  # of a method that needs more than text, as Poly its task, or of damaged tensors
+            what = f"{kind} fails on plain text ({first_line(error)})"
+            raise AdapterError(f"{folder}: {what}; it cannot be measured") from error
         yield adapted
     finally:
         # `unload` would leave the adapter's copies of whole modules behind.

@@ -82,6 +82,35 @@ def test_an_adapter_that_is_damaged_or_of_another_model_is_refused_by_name(tmp_p
         pass
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"]),  # its r is 0
+        peft.LoHaConfig(target_modules=["q_proj"]),
+        peft.VeraConfig(target_modules=["q_proj"]),
+        peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        peft.LoraConfig(target_modules=["q_proj"], use_dora=True),
+        peft.TrainableTokensConfig(token_indices=[5], target_modules=["embed_tokens"]),
+        peft.PolyConfig(target_modules=["q_proj"]),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_adapters_of_any_method_that_reads_text_are_measured_and_others_named(tmp_path, config):
+    adapted = peft.get_peft_model(tiny_llama(), config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter += 0.1 * parameter.requires_grad * torch.randn(parameter.shape)
+    adapted.save_pretrained(tmp_path)
+    bare, model = logits(tiny_llama()), tiny_llama()
+    if config.peft_type == "POLY":  # it asks for the task of every row
+        with pytest.raises(AdapterError, match=r"POLY fails on plain text .*task_ids"), mounted(model, tmp_path):
+            pass
+    else:
+        with mounted(model, tmp_path) as present:
+            assert not torch.equal(logits(present), bare)
+    assert torch.equal(logits(model), bare)
+
+
 def test_an_adapter_over_a_base_of_another_name_warns(tmp_path):
     model, folder = load_model(str(save_tiny(tmp_path / "base")))[0], lora_folder(tmp_path / "lora")
     for name, warned in ((str(tmp_path / "base"), 0), ("hub/base", 0), ("hub/other", 1)):
