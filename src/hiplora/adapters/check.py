@@ -23,7 +23,7 @@ from hiplora.adapters.base import (
     quiet_loading,
     replace_extras,
 )
-from hiplora.adapters.read import PREFIX
+from hiplora.adapters.folder import PREFIX
 from hiplora.adapters.update import AdapterUpdate, model_order, product_norm
 from hiplora.errors import AdapterError, first_line
 from hiplora.models import resolve

@@ -20,7 +20,7 @@ from hiplora.tuner.experts import stacks
 
 # Settings under which a LoRA-like adapter does more than add `B'A'` to linear layers.
 _NOT_PLAIN = (
-    *("use_dora", "lora_bias", "trainable_token_indices", "alora_invocation_tokens"),
+    *("lora_bias", "trainable_token_indices", "alora_invocation_tokens"),
     *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "layer_replication"),
 )
 # These initialisations subtract B₀A₀ from the base weights: the saved factors alone are no update of them.
@@ -110,14 +110,14 @@ class Saved:
         return AdapterError(f"{self.source}: {message}")
 
 
+def is_low_rank(config: Mapping[str, Any]) -> bool:
+    """Return whether an adapter's tensors are the factors of its update; of other methods PEFT's merge gives it."""
+    return config["peft_type"] in FORMATS and not config.get("use_dora")
+
+
 def update_of(saved: Saved) -> AdapterUpdate:
     """Return an adapter as an update, its scaling baked into `B'`; AdapterError if it is not a plain one or damaged."""
     config, kind = saved.config, saved.config["peft_type"]
-    if kind not in FORMATS:
-        raise saved.error(
-            f"an adapter of type {kind} is not read as a plain update; train it as LoRA, AdaLoRA, OSF or HiP-LoRA, "
-            "or convert it first with peft.save_as_lora"
-        )
     prefix, part, needed, read = FORMATS[kind]
     if kind == "HIPLORA":
         gains, stored = config.get("principal_channel", True), config.get("save_factors", True)

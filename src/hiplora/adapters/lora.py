@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hiplora.adapters.check import compare_logits, compare_modules, refuse_over, skeleton_of, stock_targets
+from hiplora.adapters.folder import PREFIX, WEIGHTS, check_finite
 from hiplora.adapters.output import save_tokenizer, write_record
-from hiplora.adapters.read import PREFIX, WEIGHTS, check_finite, read_update, update_from_model
+from hiplora.adapters.read import read_update, update_from_model
 from hiplora.adapters.update import CARRIED, AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.files import Inputs, check_output_dir, staged_dir
@@ -45,7 +46,7 @@ def save_as_lora(
     """Write an adapter as a plain LoRA folder that stock PEFT loads, verified before it appears under `path`.
 
     Args:
-        model_or_dir: a PEFT model, an adapter folder or an update; HiP-LoRA, LoRA, AdaLoRA or OSF.
+        model_or_dir: a PEFT model, an adapter folder or an update, as of `read_update`.
         path: output folder; `overwrite` replaces one that exists.
         adapter: name of the adapter in a model.
         scale: write the update times this number.

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoProcessor, AutoTokenizer
 
 from hiplora.adapters.base import BaseWeights, is_tied, is_transposed
-from hiplora.adapters.read import CONFIG
+from hiplora.adapters.folder import CONFIG
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, first_line
 from hiplora.models import hub_name, knows_text, resolve, writes_text

@@ -29,7 +29,7 @@ Shown = Iterator[Any]
 WIDE = 1000  # columns of a file or a pipe, where no table needs to be folded
 
 MODEL = typer.Argument(..., help="Base model: a folder, a hub name, smollm2-135m or gemma3-270m.")
-ADAPTER = typer.Argument(..., help="Adapter folder: HiP-LoRA, LoRA, AdaLoRA or OSF.")
+ADAPTER = typer.Argument(..., help="Adapter folder, of any PEFT method that changes linear layers.")
 ADAPTERS = Option([], "--adapter", help="Adapter folder, or NAME=FOLDER; may be repeated.")
 BASE = Option(None, help="Base model, instead of the adapter's own.")
 OUT = Option(..., help="Output folder; it must not exist yet.")

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hiplora.adapters import AdapterUpdate, linear_layer, quiet_loading, read_folder
+from hiplora.adapters import AdapterUpdate, attached, linear_layer
 from hiplora.errors import AdapterError, ConfigError, first_line
 from hiplora.evaluation.drift import DIVERGED
-from hiplora.models import hub_name
 from hiplora.positions import within_context
 from hiplora.tuner import keep_unpacked
 from hiplora.tuner.experts import unrolled
@@ -62,55 +60,22 @@ def name_adapters(adapters: Sequence[str | os.PathLike]) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def mounted(model: nn.Module, folder: str | Path | None) -> Iterator[Any]:
-    """Put an adapter on a bare model inside the block and yield the PEFT model; None yields the bare model.
+    """Put an adapter on a bare model inside the block, as `attached`; None yields the bare model.
 
-    AdapterError if the folder is damaged (`read_folder`), does not change weights, or is not for this model.
+    AdapterError also if the model cannot read plain text with it.
     """
-    from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftModel
-    from peft.tuners.tuners_utils import BaseTuner
-    from peft.utils import ModulesToSaveWrapper
-
     if folder is None:
         yield model
         return
-    config, _ = read_folder(Path(folder), dict(model.named_modules()))
-    kind, given, own = config["peft_type"], config.get("base_model_name_or_path"), getattr(model, "name_or_path", "")
-    if not issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(kind, BaseTuner), BaseTuner):
-        raise AdapterError(f"{folder}: {kind} changes what the model reads, not its weights; it cannot be measured")
-    if given and own and Path(hub_name(given)).resolve().name != Path(hub_name(own)).resolve().name:
-        what = "unless these are the same weights, the results say nothing about the adapter"
-        warnings.warn(f"{folder}: was made for {given}, and is put on {own}; {what}", stacklevel=3)
-    loaded: list[Any] = []
-    watch = model.register_load_state_dict_post_hook(lambda _, keys: loaded.append(keys))
-    try:
-        with quiet_loading():
-            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # said by `read_folder`
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, str(folder)).eval()
-    except AdapterError:
-        raise
-    except Exception as error:  # PEFT has no types of its own for what does not fit
-        raise AdapterError(
-            f"{folder}: cannot be put on the model ({first_line(error)}); check that it is for this base"
-        ) from error
-    finally:
-        watch.remove()
-    try:
-        if foreign := [name for keys in loaded for name in keys.unexpected_keys]:
-            raise AdapterError(f"{folder}: the model has no place for {foreign[0]}; check that it is for this base")
+    with attached(model, folder) as adapted:
         try:
             with torch.no_grad():
                 adapted(input_ids=torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device))
         except Exception as error:  # of a method that needs more than text, as Poly its task, or of damaged tensors
+            kind = getattr(adapted.peft_type, "value", adapted.peft_type)
             what = f"{kind} fails on plain text ({first_line(error)})"
             raise AdapterError(f"{folder}: {what}; it cannot be measured") from error
         yield adapted
-    finally:
-        # `unload` would leave the adapter's copies of whole modules behind.
-        for module in list(adapted.modules()):
-            if isinstance(module, ModulesToSaveWrapper):
-                module.modules_to_save.update(dict.fromkeys(module.modules_to_save, module.original_module))
-        adapted.unload()
 
 
 @contextlib.contextmanager

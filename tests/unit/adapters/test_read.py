@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
 from hiplora.adapters import read_update, save_as_lora, save_dense, update_from_model
+from hiplora.adapters.base import replace_extras
 from hiplora.adapters.check import added
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import FactorStore
@@ -200,16 +201,58 @@ def test_experts_of_kinds_that_are_not_taken_apart_are_refused_with_the_way_out(
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (LoraConfig(target_modules=ATTENTION, use_dora=True), "use_dora"),
         (LoraConfig(target_modules=ATTENTION, trainable_token_indices=[1, 2]), "token"),
         (LoraConfig(target_modules=["embed_tokens"]), "embed_tokens"),
         (LoraConfig(target_modules=ATTENTION, bias="all"), "bias"),
-        (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "IA3"),
+        (peft.LNTuningConfig(target_modules=["norm"]), "LN_TUNING adapts model.norm, which is no linear layer"),
+        (peft.LilyConfig(target_modules=["q_proj"]), "PEFT cannot merge LILY into model.layers.0.self_attn.q_proj"),
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "changes what the model reads"),
     ],
 )
-def test_what_is_not_a_plain_update_is_refused_and_named(tiny_model_dir, tmp_path, config, reason):
+def test_what_is_more_than_an_update_of_linear_layers_is_refused_and_named(tiny_model_dir, tmp_path, config, reason):
     peft.get_peft_model(base_model(tiny_model_dir), config).save_pretrained(tmp_path / "a")
     refused(tmp_path / "a", reason)
+
+
+TWO = ["q_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=3, target_modules=TWO, use_dora=True, modules_to_save=["lm_head"]),
+        LoraConfig(r=3, target_modules=["c_attn"], use_dora=True),
+        peft.LoHaConfig(r=2, target_modules=TWO),
+        peft.LoKrConfig(r=2, target_modules=TWO),
+        peft.VeraConfig(r=8, target_modules=["q_proj"]),
+        peft.OFTConfig(oft_block_size=4, target_modules=TWO),
+        peft.BOFTConfig(boft_block_size=4, target_modules=TWO),
+        peft.IA3Config(target_modules=TWO, feedforward_modules=["down_proj"]),
+        peft.FourierFTConfig(n_frequency=20, target_modules=TWO),
+        peft.HRAConfig(r=4, target_modules=TWO),
+        peft.MissConfig(r=4, target_modules=TWO),
+        peft.ShiraConfig(r=2, target_modules=TWO),
+    ],
+    ids=lambda config: f"{config.peft_type.value} {config.target_modules and min(config.target_modules)}",
+)
+def test_other_methods_are_read_as_what_their_merge_adds_and_export_as_lora(tiny_model_dir, tmp_path, config):
+    base = tiny_model_dir
+    if config.target_modules == {"c_attn"}:  # a layer with its weight as (in, out)
+        base = save_tiny_gpt2(tmp_path / "gpt2")
+    folder, model = saved(base, tmp_path / "a", config)
+    expected, before = logits(model), {name: one.clone() for name, one in model.named_parameters()}
+    for update in (read_update(folder), update_from_model(model)):
+        bare = base_model(base)
+        replace_extras(bare, update)
+        with added(bare, update):
+            torch.testing.assert_close(logits(bare), expected, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(one, before[name]) for name, one in model.named_parameters())
+    assert all(update.ranks[name] < min(update.shape(name)) for name in update.modules) == (
+        config.peft_type in ("LOHA", "LOKR", "VERA", "HRA", "FOURIERFT", "MISS")
+    )
+    save_as_lora(folder, tmp_path / "b")
+    exported = peft.PeftModel.from_pretrained(base_model(base), str(tmp_path / "b")).eval()
+    torch.testing.assert_close(logits(exported), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
