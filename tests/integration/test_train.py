@@ -270,9 +270,11 @@ def test_a_mixture_of_experts_trains_and_its_held_out_loss_has_no_share_of_the_r
     assert 4 < result.held_out["before"] < 6.5  # log(260) is 5.6
 
 
-@pytest.mark.parametrize("name", ["OPT", "BLOOM", "Falcon", "Llama"])
+@pytest.mark.parametrize("name", ["OPT", "BLOOM", "Falcon", "LFM2", "Llama"])
 def test_rows_share_a_sequence_only_where_they_do_not_see_each_other(name, rows, tmp_path):
     model = CASE[name].make()
+    for part, weight in model.named_parameters():  # its convolutions add little, and refuse what TRL says of the rows
+        weight.data *= 1e-4 if part.endswith("conv.conv.weight") else 1
     assert keeps_rows_apart(model) == (name == "Llama")
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

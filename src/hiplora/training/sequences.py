@@ -82,9 +82,11 @@ def keeps_rows_apart(model: Any) -> bool:
     ids, places = torch.arange(16, device=model.device) % 11, torch.arange(16, device=model.device) % 8
     vocabulary, limit = model.config.get_text_config().vocab_size, position_limit(model) or 0
     masks = any(one.dim() == 4 and one.shape[-1] == limit for one in model.buffers())
+    which = torch.arange(16, device=model.device, dtype=torch.int32) // 8  # TRL says too which row a token is of
     try:
         with torch.no_grad():
-            both = model(input_ids=ids[None] % vocabulary, position_ids=places[None], use_cache=False).logits[0, 8:]
+            given = {"position_ids": places[None], "seq_idx": which[None], "use_cache": False}
+            both = model(input_ids=ids[None] % vocabulary, **given).logits[0, 8:]
             alone = model(input_ids=ids[None, 8:] % vocabulary, use_cache=False).logits[0]
             if masks:  # which may be for so many tokens at most, whatever their positions
                 places = torch.arange(limit + 1, device=model.device) % limit
