@@ -45,8 +45,12 @@ LFM2 = {"block_ff_dim": 48, "layer_types": ["conv", "full_attention"], "block_au
 NEXT = {"shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]}
 CLIP = {**VISION, "model_type": "clip_vision_model", "num_hidden_layers": 2, "projection_dim": 32}
 LLAVA = {"text_config": {"model_type": "llama", **SIZES}, "vision_config": CLIP}
+CROSSED = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_global_layers": 1}
+CROSSED |= {"attention_heads": 4, "image_size": 16, "patch_size": 8, "intermediate_layers_indices": [0]}
+CROSSED |= {"vision_output_dim": 64}
 GEMMA_3 = {"text_config": {"model_type": "gemma3_text", **SIZES}, "mm_tokens_per_image": 4}
 GEMMA_3["vision_config"] = {**VISION, "num_hidden_layers": 1}
+MLLAMA = {"text_config": {**SIZES, "cross_attention_layers": [1]}, "vision_config": CROSSED}
 
 
 def text(model: Any, rows: int = 2) -> dict[str, torch.Tensor]:
@@ -155,6 +159,7 @@ CASES = [
     Case("BERT classifier", "classifier", "bert", auto="AutoModelForSequenceClassification", batch=classes),
     Case("ViT", "vision", "vit", {"image_size": 16, "patch_size": 8}, "AutoModelForImageClassification", pictures),
     Case("Gemma 3 multimodal", "multimodal wrapper", "gemma3", GEMMA_3, "AutoModelForImageTextToText", sizes=False),
+    Case("Llama 3.2 Vision", "cross-attention", "mllama", MLLAMA, "AutoModelForImageTextToText", sizes=False),
     Case("LLaVA", "multimodal wrapper", "llava", LLAVA, "AutoModelForImageTextToText", sizes=False),
 ]
 # Models of which something is refused, or left out: tests/models/test_peculiar.py.

@@ -167,7 +167,8 @@ def _trainer(
         session=session,
         record=Record(out, settings, description),
         penalties=[*([penalty] if penalty else []), *session.penalties],
-        token_loss=own if own.kind in ("eaft", "dft") or own.own_kl else None,
+        # TRL's loss needs the model below the output head, which some do not name, as Llama 3.2 Vision's for text.
+        token_loss=own if own.kind in ("eaft", "dft") or own.own_kl or model.base_model is model else None,
         reference=reference,
     )
     return trainer, notes, encoding

@@ -272,14 +272,19 @@ def default_targets(model: nn.Module, preset: str = "function-aware") -> list[st
     """Return the `target_modules` of a preset for this model: its MLP projections, or the paper's attention ones.
 
     The names are as short as they can be without matching another module, experts' those of their 3-D parameters. Of a
-    multimodal model that generates text, they are the text decoder's. ConfigError: none can be recognised.
+    multimodal model that generates text, they are the text decoder's, but those of layers that only pictures reach.
+    ConfigError: none can be recognised.
     """
     role = _ROLES[preset]
     with unrolled(model):
         modules = {name: module for name, module in _whole_modules(model).items() if _role(name) == role}
     chosen = [name for name, one in modules.items() if isinstance(one, ExpertList) or is_linear(_base(one))]
     if getattr(model, "can_generate", bool)():
-        chosen = [name for name in chosen if not any(map(_TOWER.fullmatch, name.lower().split(".")))] or chosen
+        config: Any = model.config
+        crossed = {str(index) for index in getattr(config.get_text_config(), "cross_attention_layers", None) or ()}
+        parts = {name: name.lower().split(".") for name in chosen}
+        seeing = {name for name in chosen if any(map(_TOWER.fullmatch, parts[name])) or crossed & {*parts[name]}}
+        chosen = [name for name in chosen if name not in seeing] or chosen
     if not chosen:
         raise ConfigError(
             f"target_modules is not set, and no {role} projections were recognised in {type(model).__name__}; set it "
