@@ -39,8 +39,8 @@ NOTES = """
 - **Commands** that train, measure or write text take causal language models, including those that also see
   pictures. Other kinds are refused: adapt these in Python. Their adapters are inspected, exported and merged like any
   other.
-- **Multimodal models**: the defaults are the text decoder's modules, without layers that only pictures reach (Llama 3.2 Vision). To adapt a vision tower, name its modules
-  and calibrate with `run_model` on data with pictures.
+- **Multimodal models**: the defaults are the text decoder's modules, without layers that only pictures reach (Llama 3.2
+  Vision). To adapt a vision tower, name its modules and calibrate with `run_model` on data with pictures.
 - **Experts** are adapted one by one: an adapter on all of them is large. Expert modules of Llama 4, JetMoE,
   LongCat-Flash and Step 3.7 are built differently, and are left out with a warning. Training runs one expert
   after the other, as transformers' "eager" implementation does.
