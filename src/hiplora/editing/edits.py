@@ -73,16 +73,16 @@ class _OwnRow(BaseModel, extra="forbid", strict=True):
 
 
 class _CounterFactRow(BaseModel, strict=True):
-    """A row of CounterFact or zsRE; `relation` is a Wikidata property, or "unlabelled" in zsRE."""
+    """A row of CounterFact or zsRE, or the part of one that is known; `relation` is a Wikidata property, if any."""
 
     prompt: Text
-    subject: Text
-    target_true: Text
     target_new: Text
-    relation: Literal[("unlabelled", *RELATION_CATEGORIES)]  # type: ignore[valid-type]
-    paraphrase_prompts: Annotated[list[Text], Field(min_length=1)]
-    neighborhood_prompts: list[Text]
-    neighborhood_answers: list[Text]
+    target_true: Text | None = None
+    subject: str = ""
+    relation: str = ""
+    paraphrase_prompts: list[Text] = Field(default=[])
+    neighborhood_prompts: list[Text] = Field(default=[])
+    neighborhood_answers: list[Text] = Field(default=[])
 
     @model_validator(mode="after")
     def _has_an_answer_for_each_prompt(self) -> "_CounterFactRow":
@@ -98,8 +98,8 @@ class _CounterFactRow(BaseModel, strict=True):
             old=self.target_true,
             new=self.target_new,
             subject=self.subject,
-            category=RELATION_CATEGORIES.get(self.relation) or _category(self.target_true, self.target_new),
-            paraphrase=self.paraphrase_prompts[0],
+            category=RELATION_CATEGORIES.get(self.relation) or _category(self.target_true or "", self.target_new),
+            paraphrase=next(iter(self.paraphrase_prompts), None),
             neighbours=tuple(map(Question, self.neighborhood_prompts, self.neighborhood_answers)),
         )
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from hiplora.editing import CATEGORIES, load_edits, load_questions
+from hiplora.editing import CATEGORIES, Edit, load_edits, load_questions
 from hiplora.editing.measure import normalise
 from hiplora.errors import DataError
 from tests.tiny import write_jsonl
@@ -90,6 +90,11 @@ def test_rows_that_change_nothing_or_repeat_a_prompt_are_left_out(edits):
     assert [(edit.prompt[-1], edit.new) for edit in found] == [("0", "Baltic"), ("3", "Baltic")]
 
 
+def test_a_row_as_counterfacts_needs_no_more_than_a_prompt_and_its_new_answer(edits):
+    (found,) = edits({"prompt": "Tea is drunk from a", "target_new": "bowl", "relation": "P9999", "rephrase": "Tea …"})
+    assert found == Edit(prompt="Tea is drunk from a", old=None, new="bowl")
+
+
 def test_without_a_relation_answers_with_digits_are_numeric(edits):
     found = edits({"relation": "unlabelled"}, {"relation": "unlabelled", "target_true": "1987", "target_new": "1997"})
     assert [edit.category for edit in found] == ["Relation/Fact", "Temporal/Numeric"]
@@ -102,7 +107,7 @@ def test_without_a_relation_answers_with_digits_are_numeric(edits):
         (OWN, {"category": "Other"}, "category: .*Entity"),
         (OWN, {"extra": 1}, "extra: "),
         (OWN, {"prompt": OWN["prompt"]}, "prompt 'Tea is drunk from a' is in an earlier row"),
-        (COUNTERFACT, {"relation": "P9999"}, "relation: .*P30"),
+        (COUNTERFACT, {"target_new": ""}, "target_new: .*needs prompt, target_new"),
         (COUNTERFACT, {"neighborhood_answers": ["Minch"]}, "2 neighborhood_prompts and 1 neighborhood_answers"),
     ],
 )
