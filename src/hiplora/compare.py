@@ -83,11 +83,17 @@ METHODS = {
 }
 
 
+USUAL, OVER_EXPERTS = ("lora", "lora-mlp", "hiplora"), ("lora-attention", "hiplora")
+
+
 @dataclass(frozen=True)
 class CompareSettings:
-    """How long to train, and on what to measure. All methods get the same rows in one order."""
+    """How long to train, and on what to measure. All methods get the same rows in one order.
 
-    methods: tuple[str, ...] = ("lora", "lora-mlp", "hiplora")
+    `methods` None are those of `USUAL`, or over a mixture of experts those that fit it.
+    """
+
+    methods: tuple[str, ...] | None = None
     steps: int = 40
     lr: float = 1e-3
     batch_size: int = 4
@@ -137,7 +143,7 @@ def compare(
         results = {
             "schema": 3,
             **shared,
-            "settings": {**asdict(settings), "methods": list(settings.methods)},
+            "settings": {**asdict(settings), "methods": list(recipes)},
             "methods": records,
             "equal": at_equal_learning(shared["base"]["held_out_loss"], records),
             "expected": [example.response for example in own],
@@ -237,16 +243,17 @@ def method_recipes(
     ConfigError if a setting or a method is wrong, the model cannot be found, or a method does not fit it; `way_out`
     says what to do about the last.
     """
-    unknown = [key for key in settings.methods if key not in METHODS]
-    if unknown or not settings.methods:
+    unknown = [key for key in settings.methods or () if key not in METHODS]
+    if unknown or settings.methods == ():
         raise ConfigError(f"--methods {', '.join(unknown) or 'names none'}: expected some of {', '.join(METHODS)}")
-    methods = {key: METHODS[key] for key in settings.methods}
     if problem := model_problem(model):
         raise ConfigError(problem)
     bare = skeleton(model)
     if getattr(bare.config, "quantization_config", None):
         raise ConfigError(f"model {model}: is quantised, and nothing can be added to its weights; name the whole one")
-    if any(map(can_unroll, bare.modules())) and (unfit := methods.keys() & {"lora", "lora-mlp"}):
+    has_experts = any(map(can_unroll, bare.modules()))
+    methods = {key: METHODS[key] for key in settings.methods or (OVER_EXPERTS if has_experts else USUAL)}
+    if has_experts and (unfit := methods.keys() & {"lora", "lora-mlp"}):
         why = "PEFT's LoRA adapts a mixture's experts and its router as parameters, not as layers"
         raise ConfigError(f"method {min(unfit)}: {why}, but lora-attention and hiplora fit; {way_out}")
     split = {"held_out_fraction": settings.heldout_fraction, "held_out_limit": HELDOUT_LIMIT, "template": "auto"}

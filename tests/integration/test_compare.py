@@ -169,10 +169,13 @@ def test_an_interrupted_comparison_goes_on_to_the_same_results(done, job, tmp_pa
         assert record | {"seconds": 0} == done[0]["methods"][title] | {"seconds": 0}
 
 
-def test_lora_on_experts_is_refused_before_anything_is_trained(job, tmp_path):
+def test_lora_on_experts_is_refused_before_anything_is_trained_and_what_fits_is_the_default(job, tmp_path):
     MixtralConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1).save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"method lora: .* lora-attention and hiplora fit; name other --methods"):
         compare(str(tmp_path / "model"), job[1], tmp_path / "out", job[2])
+    model, data, unnamed = job[0], job[1], replace(job[2], methods=None)
+    assert [*method_recipes(str(tmp_path / "model"), data, unnamed)] == ["lora-attention", "hiplora"]
+    assert [*method_recipes(model, data, unnamed)] == ["lora", "lora-mlp", "hiplora"]
 
 
 @pytest.mark.parametrize("methods", [("lora-mlp",), ("lora", "hiplora"), ("hiplora-paper",)])

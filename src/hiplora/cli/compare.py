@@ -11,9 +11,10 @@ def command(
     model: str = MODEL,
     data: Path = Argument(..., help="Training rows: JSON lines, JSON, parquet or CSV, as for hiplora train."),
     out: Path = Option(..., help="Output folder: new, or of an interrupted run of the same."),
-    methods: str = Option(
-        "lora,lora-mlp,hiplora",
-        help="Methods, joined by commas: lora (all linear layers), lora-mlp, lora-attention, hiplora, hiplora-paper.",
+    methods: str | None = Option(
+        None,
+        help="Methods, joined by commas: lora (all linear layers), lora-mlp, lora-attention, hiplora, hiplora-paper. "
+        "Default: lora,lora-mlp,hiplora, or over a mixture of experts lora-attention,hiplora.",
     ),
     steps: int = Option(40, help="Optimizer steps of each method."),
     lr: float = Option(1e-3, help="Learning rate of all methods."),
@@ -47,7 +48,7 @@ def command(
         hiplora compare smollm2-135m my-data.jsonl --out runs/compare --steps 100
     """
     texts = {"prompts": prompts and str(prompts), "drift_text": drift_text and str(drift_text)}
-    given = locals() | texts | {"methods": tuple(names(methods))}
+    given = locals() | texts | {"methods": None if methods is None else tuple(names(methods))}
     from hiplora.compare import CompareSettings, compare
     from hiplora.compare_report import details, headline, next_steps, summary
 
