@@ -26,7 +26,7 @@ help:
 	@echo "make lint       formatting, style, types, import direction, documentation"
 	@echo "make docs       regenerate the reference and the tables of results, and build the site in build/site"
 	@echo "make bench      measure side by side: training against LoRA, calibration, SVDs, starting, the bootstrap, merges"
-	@echo "make floors     run the tests of the tuner with the oldest supported versions"
+	@echo "make floors     run the tests of tuner and training with the oldest supported versions"
 	@echo "make wheel      build a wheel, twice the same, and try it in a bare environment"
 	@echo "make supply     list the dependencies' licences, and look for their known vulnerabilities"
 	@echo "make newest     run the tests of the tuner with the newest torch, transformers, PEFT and TRL"

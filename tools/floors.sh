@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tuner's tests with the oldest versions that pyproject.toml allows.
+# Run the tests of tuner and training with the oldest versions that pyproject.toml allows.
 #   tools/floors.sh [VENV] [PYTHON]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,11 +14,15 @@ try:
 except ModuleNotFoundError:
     import pip._vendor.tomli as tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-for line in project["dependencies"]:
+extras = project["optional-dependencies"]
+for line in [*project["dependencies"], *extras["cli"], *extras["train"]]:
+    if line.startswith("hiplora"):
+        continue
     name, floor = re.match(r"([\w-]+)>=([\w.]+)", line).groups()
     print(f"{name}=={floor}.*" if floor.count(".") == 1 else f"{name}=={floor}")
 P
 "$venv/bin/python" -m pip --disable-pip-version-check install -qq -r "$venv/floors.txt" \
-  pytest pytest-xdist hypothesis beartype accelerate
+  pytest pytest-xdist hypothesis beartype
 "$venv/bin/python" -m pip --disable-pip-version-check install -qq --no-deps --editable .
-OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q -m "not slow" tests/contract tests/property tests/unit/spectral tests/unit/tuner
+OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q -m "not slow" tests/contract tests/property \
+  tests/unit/spectral tests/unit/tuner tests/unit/data tests/unit/training

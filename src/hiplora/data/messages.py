@@ -1,4 +1,4 @@
-"""Conversations under one set of names: ShareGPT's, TRL's prompts and completions and OpenAI's become messages."""
+"""Rows under one set of names: ShareGPT's, TRL's and OpenAI's conversations, and fields of popular data sets."""
 
 import contextlib
 import json
@@ -7,6 +7,46 @@ from typing import Any
 
 # ShareGPT's names of roles.
 _ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool", "bing": "assistant"}
+
+
+# What data sets have → the names here: Dolly; NuminaMath and Magicoder; OpenOrca; MBPP.
+_FIELDS = (
+    ({"instruction", "response"}, {"response": "output", "context": "input"}),
+    ({"problem", "solution"}, {"problem": "question", "solution": "answer"}),
+    ({"question", "response"}, {"response": "answer"}),
+    ({"text", "code"}, {"text": "prompt", "code": "completion"}),
+)
+_SPEAKERS = ("user", "assistant")
+_PAIRS = (("instruction", "output"), ("question", "answer"), ("query", "response"), ("prompt", "completion"))
+
+
+def renamed(row: Any) -> Any:
+    """Return a row of a data set with other names for the usual fields under the names here."""
+    for fields, names in _FIELDS if isinstance(row, Mapping) else ():
+        if row.keys() >= fields and not row.keys() & names.values():
+            return {names.get(name, name): value for name, value in row.items()}
+    return row
+
+
+def has_history(row: Any) -> bool:
+    """Return whether a row has a system message, or turns before its own, in fields beside it."""
+    return isinstance(row, Mapping) and any(row.get(name) for name in ("system", "system_prompt", "history"))
+
+
+def with_history(row: Any) -> Any:
+    """Return a row of one task and answer as messages, with what came before; others, and odd ones, as they are."""
+    if not isinstance(row, Mapping) or "messages" in row or "conversations" in row:
+        return row
+    pair = next((pair for pair in _PAIRS if all(isinstance(row.get(name), str) for name in pair)), None)
+    turns, system = row.get("history") or [], row.get("system") or row.get("system_prompt")
+    odd = not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
+    if pair is None or odd or not isinstance(system, str | None):
+        return row
+    task = "\n\n".join(part for part in (row[pair[0]], row.get("input") or row.get("context")) if part)
+    said = [*turns, [task, row[pair[1]]]]
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": role, "content": turn[side]} for turn in said for side, role in enumerate(_SPEAKERS)]
+    return {**row, "messages": messages}
 
 
 def as_messages(row: Any) -> Any:

@@ -22,7 +22,7 @@ from pydantic import (
     create_model,
 )
 
-from hiplora.data.messages import as_messages
+from hiplora.data.messages import as_messages, has_history, renamed, with_history
 from hiplora.data.prompts import LETTERS, with_hint
 from hiplora.errors import DataError, first_line, first_problem
 
@@ -191,15 +191,17 @@ def check_rows(
 ) -> tuple[str, list[Row]]:
     """Check every row against a format; return the format ("auto": that of the first good row), and the rows.
 
-    ShareGPT's conversations and TRL's conversational prompts and completions become messages. Raises DataError if there
-    are no rows, or with a list of those that do not fit; where `bad` takes these, they are left out.
+    Conversations of ShareGPT, TRL and LLaMA-Factory become messages, and fields get the names here. Raises DataError if
+    there are no rows, or with a list of those that do not fit; where `bad` takes these, they are left out.
     """
     values: list[Row] = []
     problems: list[str] = [] if bad is None else bad  # those that could not be read are there already, in order
-    for place, value in rows:
+    named = [(place, value if format == "text" else renamed(value)) for place, value in rows]
+    told = format in ("auto", "messages") and any(has_history(value) for _, value in named)
+    for place, value in named:
         where = f"{name}, {place}"
         try:
-            value = as_messages(value)
+            value = as_messages(with_history(value) if told else value)
             own = _first_format(value) if format == "auto" else format
             if own == "prompt_completion" and not values and isinstance(value, Mapping) and "learn_from" in value:
                 own = "messages"  # its prompts and completions are lists of messages
@@ -245,7 +247,7 @@ def _check(value: Any, format: str) -> None:
     if unwanted := [name for name in ("label", "kto_tag") if str(value.get(name)).lower() == "false"]:
         what = f"{unwanted[0]} is false: the answer is not wanted, and this is supervised fine-tuning"
         raise ValueError(f"{what}; remove the row, or use TRL's KTOTrainer ({_PREFERENCES})")
-    if format != "messages" and (lost := [name for name in ("system", "history") if value.get(name)]):
+    if format != "messages" and (lost := [name for name in ("system", "system_prompt", "history") if value.get(name)]):
         raise ValueError(f"{lost[0]} would be lost, which rows of format {format} lack; give the row as `messages`")
 
 

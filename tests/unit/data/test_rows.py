@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from hiplora.data.examples import DataSettings, load_data
+from hiplora.data.examples import DataSettings, as_examples, load_data
 from hiplora.data.rows import check_rows, is_hub_name, read_rows
 from hiplora.errors import DataError
 
@@ -65,6 +65,39 @@ def test_a_system_message_and_tools_that_stand_apart_are_read():
     _, ((_, made), (_, learned)) = check_rows([("row 1", row) for row in rows], "auto", "rows")
     assert made["messages"] == learned["messages"] == [{"role": "system", "content": "Be brief."}, *TALK]
     assert (made["tools"], learned["learn_from"]) == ([{"name": "look"}], 2)
+
+
+def test_rows_with_a_system_message_or_a_history_beside_them_are_conversations():
+    rows = [
+        {"instruction": "Add 1.", "input": "2", "output": "3", "history": [["Hi", "Yes?"]], "system": ""},
+        {"instruction": "And 4?", "input": "", "output": "5", "history": [], "system": "Be brief."},
+        {"instruction": "And 5?", "output": "6"},
+    ]
+    format, made = check_rows([(f"row {n}", row) for n, row in enumerate(rows)], "auto", "rows")
+    said = [[(message["role"], message["content"]) for message in row["messages"]] for _, row in made]
+    assert format == "messages"
+    assert said[0] == [("user", "Hi"), ("assistant", "Yes?"), ("user", "Add 1.\n\n2"), ("assistant", "3")]
+    assert said[1:] == [
+        [("system", "Be brief."), ("user", "And 4?"), ("assistant", "5")],
+        [("user", "And 5?"), ("assistant", "6")],
+    ]
+    assert check_rows([("row 1", {**rows[2], "history": []})], "auto", "rows")[0] == "alpaca"
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "text"),
+    [
+        ({"instruction": "Sort.", "context": "b a", "response": "a b", "category": "x"}, "alpaca", "a b"),
+        ({"problem": "1 + 1?", "solution": "2", "source": "x"}, "question_answer", "2"),
+        ({"system_prompt": "Be brief.", "question": "Which?", "response": "tea"}, "messages", "Which?\n\ntea"),
+        ({"text": "Write it.", "code": "def f(): ...", "test_list": []}, "prompt_completion", "def f(): ..."),
+    ],
+)
+def test_fields_of_popular_data_sets_are_known(row, format, text):
+    found, made = check_rows([("row 1", row)], "auto", "rows")
+    (example,) = as_examples(found, made)
+    assert found == format
+    assert example.whole.endswith(text)
 
 
 def test_tool_calls_are_objects_and_have_what_their_own_row_says_in_tables_too(tmp_path):
@@ -193,8 +226,9 @@ CHOICE = {"question": "Which is warm?", "choices": ["ice", "tea"], "answer": 1}
             ("auto", {"prompt": a, "completion": "b", "label": False}, "label is false: .*KTO")
             for a in ("a", TALK[:1])
         ],
-        ("auto", {"prompt": "a", "completion": "b", "system": "Be brief."}, "system would be lost, .*as `messages`"),
-        ("auto", {"instruction": "a", "output": "b", "history": [["c", "d"]]}, "history would be lost"),
+        ("auto", {**CHOICE, "system": "Be brief."}, "system would be lost, .*as `messages`"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": [["c", "d"]]}, "history would be lost"),
+        ("auto", {"instruction": "a", "output": "b", "history": "c"}, "history would be lost"),
         ("multiple_choice", {**CHOICE, "answer": -1}, "answer: .*-1 is not the index of a choice, 0 to 1"),
         ("messages", {"conversations": [{"from": ["x"], "value": "a"}]}, "messages.0.role: Input should be"),
         ("multiple_choice", {**CHOICE, "choices": ["one"]}, "choices: List should have at least 2 items"),
