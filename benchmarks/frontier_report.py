@@ -201,7 +201,7 @@ def shown_abilities(found: pd.DataFrame) -> pd.DataFrame:
 
 def report(out: Path, to: Path) -> None:
     """Write records, tables and figures of what is done."""
-    from hiplora.reporting import save_figure
+    from hiplora.reporting.plots import save_figure
 
     to.mkdir(parents=True, exist_ok=True)
     records = read_records(out)

@@ -26,7 +26,7 @@ from scipy import stats
 
 from hiplora.files import write_atomic
 from hiplora.provenance import json_sha256, provenance
-from hiplora.reporting import save_figure
+from hiplora.reporting.plots import save_figure
 
 OUT = HERE.parents[1] / "docs" / "results" / "function-aware"
 ANSWERS = ("success", "paraphrase", "neighbours_kept")

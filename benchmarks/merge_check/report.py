@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 from hiplora.files import write_atomic
 from hiplora.metrics import retain
-from hiplora.reporting import plots, save_figure
+from hiplora.reporting import plots
+from hiplora.reporting.plots import save_figure
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "merge-check"
 NAMES = {"lora": "LoRA", "lora-mlp": "LoRA on the MLPs", "hiplora-paper": "HiP-LoRA (paper)", "hiplora": "HiP-LoRA"}

@@ -12,7 +12,8 @@ import pandas as pd
 
 from hiplora.evaluation.answers import changes
 from hiplora.files import write_atomic
-from hiplora.reporting import Section, plots, save_page
+from hiplora.reporting import plots
+from hiplora.reporting.html import Section, save_page
 
 LEARNED = 0.02  # nats: a method that learned less has no drift to compare
 SMALL = 0.01  # nats: about one token in twenty-five is another one

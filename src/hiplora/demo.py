@@ -22,7 +22,8 @@ from hiplora.evaluation.updates import measure_updates
 from hiplora.files import write_atomic
 from hiplora.merging import merge
 from hiplora.provenance import folder_identity, json_sha256, provenance
-from hiplora.reporting import Section, formatted, save_page
+from hiplora.reporting import formatted
+from hiplora.reporting.html import Section, save_page
 from hiplora.run_folder import RunFolder
 from hiplora.training import TrainRecipe, train
 

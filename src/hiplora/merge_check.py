@@ -302,7 +302,8 @@ def save_merge_page(
     path: str | os.PathLike, report: Mapping[str, Any], check: Mapping[str, Any] | None = None
 ) -> Path:
     """Write the page of a merge: where its adapters conflict and, with a record of `merge_check`, what it broke."""
-    from hiplora.reporting import Section, plots, save_page
+    from hiplora.reporting import plots
+    from hiplora.reporting.html import Section, save_page
 
     sections, figures = [], {}
     if check is not None:

@@ -8,7 +8,8 @@ import subprocess
 import pandas as pd
 import pytest
 
-from hiplora.reporting import Section, plots, save_page
+from hiplora.reporting import plots
+from hiplora.reporting.html import Section, save_page
 
 BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [

@@ -78,7 +78,8 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
 def _save_page(path: Path, record: dict[str, Any], title: str) -> None:
     import pandas
 
-    from hiplora.reporting import Section, plots, save_page
+    from hiplora.reporting import plots
+    from hiplora.reporting.html import Section, save_page
 
     points = pandas.DataFrame(
         {"sigma": sigma, "gain": abs(gain), "type": row["type"]}

@@ -9,7 +9,7 @@ import pandas as pd
 from hiplora.editing.edits import Edit
 from hiplora.editing.job import EDITORS
 from hiplora.evaluation.answers import changes
-from hiplora.reporting import Section, save_page
+from hiplora.reporting.html import Section, save_page
 from hiplora.training.baselines import METHODS
 
 SHOWN = 10  # edits, with what the model writes, and questions

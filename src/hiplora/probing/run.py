@@ -166,7 +166,8 @@ def correlation_table(correlations: Sequence[Mapping[str, Any]], metric: str) ->
 
 
 def _write_report(path: Path, record: Mapping[str, Any]) -> None:
-    from hiplora.reporting import Section, plots, save_page
+    from hiplora.reporting import plots
+    from hiplora.reporting.html import Section, save_page
 
     rows = pd.DataFrame([{**row, **row["drop"]} for row in record["records"]])
     sections = [Section("What was found", record["verdict"])]

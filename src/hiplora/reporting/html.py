@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hiplora.extras import require
+
+require("reports")
+
 import jinja2
 import pandas as pd
 from matplotlib.figure import Figure

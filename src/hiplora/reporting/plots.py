@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hiplora.extras import require
+
+require("reports")
+
 import matplotlib.style
 import numpy as np
 import pandas as pd

@@ -9,7 +9,9 @@ import pandas as pd
 from hiplora.errors import ConfigError
 from hiplora.files import check_output_dir, staged_dir, write_atomic
 from hiplora.provenance import json_sha256, provenance
-from hiplora.reporting import Section, save_figure, save_page, save_table
+from hiplora.reporting import save_table
+from hiplora.reporting.html import Section, save_page
+from hiplora.reporting.plots import save_figure
 from hiplora.study.builder import Study
 from hiplora.study.protocols import sections
 from hiplora.study.records import Findings, joined, paper

@@ -5,7 +5,8 @@ import re
 
 import pandas as pd
 
-from hiplora.reporting import Section, plots, save_page, save_table
+from hiplora.reporting import plots, save_table
+from hiplora.reporting.html import Section, save_page
 
 TABLE = pd.DataFrame({"method": ["LoRA", "HiP-LoRA"], "drift": [0.123456, 0.01]})
 

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from hiplora.reporting import plots, save_figure
+from hiplora.reporting import plots
+from hiplora.reporting.plots import save_figure
 
 ROWS = pd.DataFrame(
     {
