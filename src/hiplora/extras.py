@@ -12,7 +12,7 @@ EXTRAS = {
     "cli": ("typer", "rich", "yaml", "pydantic", "pandas"),
     "reports": ("pandas", "matplotlib", "jinja2", "tabulate"),
     "train": ("trl", "datasets", "accelerate", "yaml", "pydantic", "psutil"),
-    "eval": ("lm_eval", "datasets", "pandas", "trl"),
+    "eval": ("lm_eval", "evaluate", "datasets", "pandas", "trl"),
     "ray": ("ray",),
     "quant": ("bitsandbytes",),
 }
