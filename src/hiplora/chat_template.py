@@ -30,7 +30,7 @@ try:
 except (ImportError, ValueError, OSError):
     pass
 options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
-turns = [{"role": role, "content": f"said by {role}"} for role in ("user", "assistant")]
+turns = [{"role": "user", "content": "31415"}, {"role": "assistant", "content": "27182"}]  # the same in any case
 template = re.sub(r"{%-?\\s*(end)?generation\\s*-?%}", "", sys.stdin.buffer.read().decode("utf-8", "replace"))
 for before, status in (("", 0), (sys.argv[2], int(sys.argv[3]))):
     try:
