@@ -144,10 +144,9 @@ def _difference(model: nn.Module, adapter: str, config: Mapping[str, Any], sourc
             continue
         merged: Any = copy.deepcopy(layer)
         inner = merged.cpu().double().get_base_layer()
-        if not is_product(inner):
-            raise AdapterError(
-                f"{source}: {kind} adapts {plain}, which is no linear layer; merge it with PEFT instead"
-            )
+        if not is_product(inner) or not inner.weight.is_floating_point():
+            what = "which is no linear layer" if not is_product(inner) else "which is quantised"
+            raise AdapterError(f"{source}: {kind} adapts {plain}, {what}; merge it with PEFT instead")
         try:
             merged.unmerge()
             before, bias = weight_of(inner).clone(), None if inner.bias is None else inner.bias.clone()
@@ -157,7 +156,9 @@ def _difference(model: nn.Module, adapter: str, config: Mapping[str, Any], sourc
         inner = merged.get_base_layer()
         if bias is not None and not torch.equal(bias, inner.bias):
             raise AdapterError(f"{source}: {kind} changes the bias of {plain} too; merge it with PEFT instead")
-        factors[plain] = _thin(weight_of(inner) - before)
+        delta = weight_of(inner) - before
+        check_finite(delta, f"{source}: the change of {plain}")
+        factors[plain] = _thin(delta)
     if not factors:
         raise AdapterError(f"{source}: {kind} adapts no linear layer of the model; nothing was read")
     return AdapterUpdate(base, config["peft_type"].lower(), dict(config), factors, extras=extras, source=source)
