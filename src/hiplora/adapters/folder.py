@@ -102,7 +102,9 @@ def read_folder(folder: Path, modules: Iterable[str] = ()) -> tuple[dict[str, An
 def _check_config(config: Mapping[str, Any], tensors: Iterable[str], source: str) -> None:
     """Check the types of the settings that are read, and that no pattern takes long to match; name what is unknown."""
     # Of other methods a rank and its like may be anything: OFT's r is 0 where its blocks have a size.
-    others = () if config["peft_type"] in FORMATS else ("r", "init_r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    others = (
+        () if config["peft_type"] in [*FORMATS] else ("r", "init_r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    )
     try:
         _Settings.model_validate({name: value for name, value in config.items() if name not in others})
     except ValidationError as error:

@@ -415,6 +415,7 @@ def test_a_cut_off_file_and_a_broken_configuration_are_named_and_a_folder_withou
         ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a valid number"),
         ({"r": True}, "r is True; expected a valid integer"),
         ({"r": 0}, "r is 0; expected greater than 0"),
+        ({"peft_type": []}, "peft_type is .*expected a valid string"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern is .*; expected a valid dict"),
         ({"use_rslora": "no"}, "use_rslora is 'no'; expected a valid boolean"),
         ({"lora_alpha": None}, "lora_alpha is None; expected a valid number"),
