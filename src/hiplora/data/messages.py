@@ -38,11 +38,12 @@ def with_history(row: Any) -> Any:
     if not isinstance(row, Mapping) or "messages" in row or "conversations" in row:
         return row
     pair = next((pair for pair in _PAIRS if all(isinstance(row.get(name), str) for name in pair)), None)
-    turns, system = row.get("history") or [], row.get("system") or row.get("system_prompt")
+    system, material = row.get("system") or row.get("system_prompt"), row.get("input") or row.get("context")
+    turns = row.get("history") or []
     odd = not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
-    if pair is None or odd or not isinstance(system, str | None):
+    if pair is None or odd or not all(isinstance(text, str | None) for text in (system, material)):
         return row
-    task = "\n\n".join(part for part in (row[pair[0]], row.get("input") or row.get("context")) if part)
+    task = f"{row[pair[0]]}\n\n{material}" if material else row[pair[0]]
     said = [*turns, [task, row[pair[1]]]]
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": role, "content": turn[side]} for turn in said for side, role in enumerate(_SPEAKERS)]

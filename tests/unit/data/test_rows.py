@@ -120,6 +120,8 @@ GOOD = {
     "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]},
     "trl": {"prompt": TALK[:1], "completion": TALK[1:]},
     "alpaca": {"instruction": "Sort.", "input": "b a", "output": "a b"},
+    "history": {"instruction": "Sort.", "context": "b a", "response": "a b", "history": [["c", "d"]], "system": "e"},
+    "openorca": {"system_prompt": "Be brief.", "question": "Which?", "response": "tea"},
     "prompt_completion": {"prompt": "a", "completion": "b"},
     "prompt_response": {"prompt": "a", "response": "b"},
     "multiple_choice": {"question": "Which?", "choices": ["ice", "tea"], "answer": 1, "context": "Drinks."},
