@@ -258,7 +258,7 @@ def _training_edition(tokenizer: Any, template: str) -> str | None:
     """Return TRL's edition of a model's own template for training; None if it has none."""
     from trl.chat_template_utils import get_training_chat_template
 
-    with contextlib.suppress(ValueError):  # a template that TRL does not know
+    with contextlib.suppress(Exception):  # a template that TRL does not know, or that fails for its examples
         return get_training_chat_template(tokenizer) if template == tokenizer.chat_template else None
     return None
 
