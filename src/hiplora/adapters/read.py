@@ -95,7 +95,9 @@ def attached(model: nn.Module, folder: str | os.PathLike) -> Iterator[PeftModel]
     config, _ = read_folder(Path(folder), dict(model.named_modules()))
     kind, given, own = config["peft_type"], config.get("base_model_name_or_path"), getattr(model, "name_or_path", "")
     if not issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(kind, BaseTuner), BaseTuner):
-        raise AdapterError(f"{folder}: {kind} changes what the model reads, not its weights; it cannot be measured")
+        raise AdapterError(
+            f"{folder}: {kind} changes what the model reads, not its weights: it is no update, and cannot be measured"
+        )
     if given and own and Path(hub_name(given)).resolve().name != Path(hub_name(own)).resolve().name:
         what = "unless these are the same weights, the results say nothing about the adapter"
         warnings.warn(f"{folder}: was made for {given}, and is put on {own}; {what}", stacklevel=4)

@@ -238,7 +238,7 @@ def _rendered(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
         text, spans, wrong = "", [], error
     if wrong or not all(text[start:end].endswith(specials) for start, end in spans):
         if edition := _training_edition(tokenizer, template):
-            text, spans = answers(edition, marked=False)
+            text, spans = answers(edition, marked=False)  # its marks take in some of what a prompt gives
         elif wrong:
             raise wrong
     said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]

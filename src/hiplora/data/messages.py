@@ -16,6 +16,7 @@ _FIELDS = (
     ({"question", "response"}, {"response": "answer"}),
     ({"text", "code"}, {"text": "prompt", "code": "completion"}),
 )
+BEFORE = ("system", "system_prompt", "history")  # fields of what came before a row's own task
 _SPEAKERS = ("user", "assistant")
 _PAIRS = (("instruction", "output"), ("question", "answer"), ("query", "response"), ("prompt", "completion"))
 
@@ -30,23 +31,26 @@ def renamed(row: Any) -> Any:
 
 def has_history(row: Any) -> bool:
     """Return whether a row has a system message, or turns before its own, in fields beside it."""
-    return isinstance(row, Mapping) and any(row.get(name) for name in ("system", "system_prompt", "history"))
+    return isinstance(row, Mapping) and any(row.get(name) for name in BEFORE)
+
+
+def _system(row: Mapping[str, Any]) -> Any:
+    return row.get("system") or row.get("system_prompt")
 
 
 def with_history(row: Any) -> Any:
-    """Return a row of one task and answer as messages, with what came before; others, and odd ones, as they are."""
+    """Return a row of one task and answer as messages, with the turns before; others, and odd ones, as they are."""
     if not isinstance(row, Mapping) or "messages" in row or "conversations" in row:
         return row
     pair = next((pair for pair in _PAIRS if all(isinstance(row.get(name), str) for name in pair)), None)
-    system, material = row.get("system") or row.get("system_prompt"), row.get("input") or row.get("context")
+    system, material = _system(row), row.get("input") or row.get("context")
     turns = row.get("history") or []
     odd = not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
     if pair is None or odd or not all(isinstance(text, str | None) for text in (system, material)):
         return row
     task = f"{row[pair[0]]}\n\n{material}" if material else row[pair[0]]
     said = [*turns, [task, row[pair[1]]]]
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [{"role": role, "content": turn[side]} for turn in said for side, role in enumerate(_SPEAKERS)]
+    messages = [{"role": role, "content": text} for turn in said for role, text in zip(_SPEAKERS, turn, strict=True)]
     return {**row, "messages": messages}
 
 
@@ -62,7 +66,7 @@ def as_messages(row: Any) -> Any:
         row = {**row, "messages": [*before, *after], "learn_from": len(before)}
     if not isinstance(row.get("messages"), list):
         return row
-    messages, system, tools = [_message(one) for one in row["messages"]], row.get("system"), row.get("tools")
+    messages, system, tools = [_message(one) for one in row["messages"]], _system(row), row.get("tools")
     if isinstance(system, str) and system.strip() and not any(_role(one) == "system" for one in messages[:1]):
         messages.insert(0, {"role": "system", "content": system})
         row = {**row, **({"learn_from": row["learn_from"] + 1} if isinstance(row.get("learn_from"), int) else {})}

@@ -22,7 +22,7 @@ from pydantic import (
     create_model,
 )
 
-from hiplora.data.messages import as_messages, has_history, renamed, with_history
+from hiplora.data.messages import BEFORE, as_messages, has_history, renamed, with_history
 from hiplora.data.prompts import LETTERS, with_hint
 from hiplora.errors import DataError, first_line, first_problem
 
@@ -247,7 +247,7 @@ def _check(value: Any, format: str) -> None:
     if unwanted := [name for name in ("label", "kto_tag") if str(value.get(name)).lower() == "false"]:
         what = f"{unwanted[0]} is false: the answer is not wanted, and this is supervised fine-tuning"
         raise ValueError(f"{what}; remove the row, or use TRL's KTOTrainer ({_PREFERENCES})")
-    if format != "messages" and (lost := [name for name in ("system", "system_prompt", "history") if value.get(name)]):
+    if format != "messages" and (lost := [name for name in BEFORE if value.get(name)]):
         raise ValueError(f"{lost[0]} would be lost, which rows of format {format} lack; give the row as `messages`")
 
 
