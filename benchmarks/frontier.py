@@ -11,7 +11,7 @@ A run is one JSON file, written when it is done: a series goes on where it stopp
 `report` turns the files into one tidy table (`records.csv`: run, task, method, rate, seed, step, scale, metric, value),
 the comparison at equal learning and its figure. `--data` holds the JSON lines that the functions below name.
 
-Learning is the held-out loss (nats a token of the answers). Drift is KL(base ‖ adapted) a token on three texts that
+Learning is the held-out loss (nats per token of the answers). Drift is KL(base ‖ adapted) a token on three texts that
 no run trains or calibrates on, and on the task's own prompts. Abilities are items of five benchmarks, base and adapted
 paired by item: the right choice preferred, and its log-likelihood.
 """

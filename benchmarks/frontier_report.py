@@ -158,7 +158,7 @@ def figure(records: pd.DataFrame, task: str) -> Any:
 
     rows = records[(records["task"] == task) & (records["scale"] == 1)]
     wide = rows.pivot_table(index=["method", "step"], columns="metric", values="value", sort=False).reset_index()
-    axes = {"xlabel": "Held-out loss, nats a token", "ylabel": "Drift on WikiText, KL in nats a token", "logy": True}
+    axes = {"xlabel": "Held-out loss, nats per token", "ylabel": "Drift on WikiText, KL in nats per token", "logy": True}
     return plots.lines(wide.assign(method=titled(wide["method"])), "heldout_loss", "kl/wikitext", "method", **axes)
 
 
@@ -188,7 +188,7 @@ def shown_abilities(found: pd.DataFrame) -> pd.DataFrame:
     units = {
         "correct": ("accuracy, pp", 1),
         "other": ("items with another outcome, %", 1),
-        "log_likelihood": ("log-likelihood, nats a token", 3),
+        "log_likelihood": ("log-likelihood, nats per token", 3),
         "moved": ("… whatever the sign", 3),
     }
     told = [interval(row.change, row.low, row.high, units[row.metric][1]) for row in found.itertuples()]
