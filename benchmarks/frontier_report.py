@@ -158,7 +158,7 @@ def figure(records: pd.DataFrame, task: str) -> Any:
 
     rows = records[(records["task"] == task) & (records["scale"] == 1)]
     wide = rows.pivot_table(index=["method", "step"], columns="metric", values="value", sort=False).reset_index()
-    axes = {"xlabel": "Held-out loss, nats per token", "ylabel": "Drift on WikiText, KL in nats per token", "logy": True}
+    axes = {"xlabel": "Held-out loss, nats per token", "ylabel": "KL on WikiText, nats per token", "logy": True}
     return plots.lines(wide.assign(method=titled(wide["method"])), "heldout_loss", "kl/wikitext", "method", **axes)
 
 

@@ -50,6 +50,15 @@ CROSSED |= {"attention_heads": 4, "image_size": 16, "patch_size": 8, "intermedia
 CROSSED |= {"vision_output_dim": 64}
 GEMMA_3 = {"text_config": {"model_type": "gemma3_text", **SIZES}, "mm_tokens_per_image": 4}
 GEMMA_3["vision_config"] = {**VISION, "num_hidden_layers": 1}
+ZAMBA2 = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]}
+ZAMBA2 |= {"mamba_d_state": 8, "mamba_headdim": 8, "n_mamba_heads": 8, "chunk_size": 8, "adapter_rank": 8}
+ZAMBA2 |= {"num_key_value_heads": 4}
+IDEFICS2 = {"text_config": {"model_type": "mistral", **SIZES}, "vision_config": {**VISION, "num_hidden_layers": 1}}
+IDEFICS2["perceiver_config"] = {"hidden_size": 32, "resampler_depth": 1, "resampler_n_heads": 4}
+IDEFICS2["perceiver_config"] |= {"resampler_head_dim": 8, "num_key_value_heads": 2}
+NO_BEGIN = {name: size for name, size in SIZES.items() if name != "bos_token_id"}
+QWEN3_VL = {"text_config": NO_BEGIN, "vision_config": {"depth": 1, "num_heads": 4, "out_hidden_size": 32}}
+QWEN3_VL["vision_config"] |= {**VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 4}
 MLLAMA = {"text_config": {**SIZES, "cross_attention_layers": [1]}, "vision_config": CROSSED}
 
 
@@ -148,6 +157,7 @@ CASES = [
     Case("RecurrentGemma", "recurrent and attention blocks", "recurrent_gemma", RECURRENT),
     Case("LFM2", "convolutions and attention", "lfm2", LFM2),
     Case("Qwen3-Next", "linear attention, experts", "qwen3_next", {**QWEN_MOE, **LINEAR, **NEXT}),
+    Case("Zamba2", "state space, tied blocks with adapters of their own", "zamba2", ZAMBA2),
     Case("T5", "encoder-decoder", "t5", T5, "AutoModelForSeq2SeqLM"),
     Case("BART", "encoder-decoder", "bart", BART, "AutoModelForSeq2SeqLM"),
     Case("BERT", "encoder", "bert", auto="AutoModelForMaskedLM"),
@@ -160,6 +170,8 @@ CASES = [
     Case("ViT", "vision", "vit", {"image_size": 16, "patch_size": 8}, "AutoModelForImageClassification", pictures),
     Case("Gemma 3 multimodal", "multimodal wrapper", "gemma3", GEMMA_3, "AutoModelForImageTextToText", sizes=False),
     Case("Llama 3.2 Vision", "cross-attention", "mllama", MLLAMA, "AutoModelForImageTextToText", sizes=False),
+    Case("Idefics2", "multimodal, perceiver", "idefics2", IDEFICS2, "AutoModelForImageTextToText", sizes=False),
+    Case("Qwen3-VL", "multimodal, no begin token", "qwen3_vl", QWEN3_VL, "AutoModelForImageTextToText", sizes=False),
     Case("LLaVA", "multimodal wrapper", "llava", LLAVA, "AutoModelForImageTextToText", sizes=False),
 ]
 # Models of which something is refused, or left out: tests/models/test_peculiar.py.

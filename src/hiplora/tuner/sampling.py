@@ -293,7 +293,7 @@ def next_logits(model: Any, ids: Int[Tensor, "rows length"], cache: Any) -> tupl
 def _tokens(model: Any) -> tuple[int, list[int], list[int]]:
     """Return the number of tokens, the one that begins a text, if any, and all that begin, end or pad one."""
     config = model.config.get_text_config()
-    begin, size = config.bos_token_id, config.vocab_size
+    begin, size = getattr(config, "bos_token_id", None), config.vocab_size
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     values = [
         getattr(one, name, None) for one in (config, getattr(model, "generation_config", None)) for name in names

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -46,8 +47,9 @@ _MLP_PROJECTION = re.compile(
 # BERT and its descendants; the second pair is the Q-Former's.
 _MLP_PAIRS = {(f"{part}{kind}", "dense") for part in ("intermediate", "output") for kind in ("", "_query")}
 _ROUTER = re.compile(r"gate|router|.*_gate|.*router.*")
-# Towers of multimodal models: text alone does not run through them.
-_TOWER = re.compile(r".*(vision|visual|audio|image|speech|qformer).*")
+# Parts of multimodal models that text alone does not run through, where they lie inside the text decoder.
+_TOWER = re.compile(r".*(vision|visual|video|audio|image|speech|qformer).*")
+_ADAPTER = re.compile(r".*adapters?(_.*)?")  # a model's own, such as Zamba2's, of which a layer uses one
 
 
 @dataclass(frozen=True)
@@ -272,25 +274,40 @@ def default_targets(model: nn.Module, preset: str = "function-aware") -> list[st
     """Return the `target_modules` of a preset for this model: its MLP projections, or the paper's attention ones.
 
     The names are as short as they can be without matching another module, experts' those of their 3-D parameters. Of a
-    multimodal model that generates text, they are the text decoder's, but those of layers that only pictures reach.
+    multimodal model that generates text, they are the text decoder's, without layers that only pictures reach.
     ConfigError: none can be recognised.
     """
     role = _ROLES[preset]
     with unrolled(model):
         modules = {name: module for name, module in _whole_modules(model).items() if _role(name) == role}
     chosen = [name for name, one in modules.items() if isinstance(one, ExpertList) or is_linear(_base(one))]
-    if getattr(model, "can_generate", bool)():
-        config: Any = model.config
-        crossed = {str(index) for index in getattr(config.get_text_config(), "cross_attention_layers", None) or ()}
-        parts = {name: name.lower().split(".") for name in chosen}
-        seeing = {name for name in chosen if any(map(_TOWER.fullmatch, parts[name])) or crossed & {*parts[name]}}
-        chosen = [name for name in chosen if name not in seeing] or chosen
+    if chosen and getattr(model, "can_generate", bool)():
+        chosen = _of_text(model, chosen) or chosen
     if not chosen:
         raise ConfigError(
             f"target_modules is not set, and no {role} projections were recognised in {type(model).__name__}; set it "
             "to a list of module names, a regular expression or 'all-linear'"
         )
     return short_names(model, chosen)
+
+
+def _of_text(model: Any, names: Sequence[str]) -> list[str]:
+    """Return the names of the modules that every text runs through: the decoder's, which has the input embeddings."""
+    crossed = {str(index) for index in getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()}
+    embeddings = None
+    if not model.config.is_encoder_decoder:
+        with contextlib.suppress(NotImplementedError):
+            embeddings = model.get_input_embeddings()
+    decoder = next((f"{name}." for name, module in model.named_modules() if module is embeddings), "")
+    while not any(name.startswith(decoder) for name in names):
+        decoder = decoder[: decoder[:-1].rfind(".") + 1]
+    reached = []
+    for name in names:
+        parts = name.lower().split(".")
+        aside = any(_TOWER.fullmatch(part) or _ADAPTER.fullmatch(part) for part in parts) or crossed & {*parts}
+        if name.startswith(decoder) and not aside:
+            reached.append(name)
+    return reached
 
 
 def short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
