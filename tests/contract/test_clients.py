@@ -7,6 +7,7 @@ import re
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from datasets import Dataset
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
@@ -148,10 +149,28 @@ def test_transformers_own_interface_loads_adds_trains_and_saves(tiny, ids, tmp_p
         assert torch.equal(logits(again, ids), expected)
         again.delete_adapter("default")
     rename(tmp_path / "adapter", lambda name: name.removesuffix(".weight"))
-    again = tiny.make()
-    again.load_adapter(tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"q_proj: .*PeftModel\.from_pretrained"):
-        logits(again, ids)
+        tiny.make().load_adapter(tmp_path / "adapter")
+
+
+def test_an_adapter_inside_another_tuners_layers_is_saved_under_its_own_names(tiny, ids, tmp_path, preset):
+    model = tiny.make()
+    model.add_adapter(tiny.config(**preset, relative_gains=preset["preset"] == "paper"), "default")
+    train(model, ids)
+    expected = logits(model, ids)
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "around")
+    model.set_adapter("default")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(tiny.make(), tmp_path), ids), expected)
+
+
+def test_an_adapted_model_computes_and_merges_the_same_when_offloaded(tiny, ids, preset):
+    model = tiny.adapted(**preset, init_weights=False)
+    expected = logits(model, ids)
+    cpu_offload(model)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(logits(model, ids), expected)
+    torch.testing.assert_close(logits(model.merge_and_unload(), ids), expected)
 
 
 def test_the_type_is_what_peft_and_transformers_expect(tiny, tmp_path):

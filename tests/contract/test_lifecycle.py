@@ -99,13 +99,15 @@ READER = """
 import sys, torch, peft, hiplora
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
-base = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/base').eval()
+base, loaded = (AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/base').eval() for _ in range(2))
 model = peft.PeftModel.from_pretrained(base, sys.argv[1] + '/adapter').eval()
+loaded.load_adapter(sys.argv[1] + '/adapter')
 ids, expected = torch.load(sys.argv[1] + '/expected.pt')
 with torch.no_grad():
     assert torch.equal(model(input_ids=ids).logits, expected)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(input_ids=ids).logits, expected)
+    for one in (loaded, model):  # transformers' model before its first pass
+        compiled = torch.compile(one, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(input_ids=ids).logits, expected)
 """
 
 

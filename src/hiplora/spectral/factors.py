@@ -59,7 +59,10 @@ class SpectralFactors:
 def check_values(weight: Tensor, name: str) -> None:
     """Raise FactorError where a layer's weight is a shape only: not loaded yet, or offloaded."""
     if weight.is_meta:
-        raise FactorError(f"layer {name}: the weight is on the meta device and has no values; load it first")
+        raise FactorError(
+            f"layer {name}: the weight is on the meta device and has no values; load the model first, with nothing "
+            "offloaded (device_map)"
+        )
 
 
 def weight_fingerprint(weight: Tensor, name: str = "") -> str:

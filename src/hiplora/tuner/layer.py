@@ -34,7 +34,7 @@ from hiplora.tuner.state import (
     factor_names,
     is_flat,
     is_sharded,
-    leak_limit,
+    note_leaks,
     own_part,
 )
 from hiplora.tuner.targets import frozen_weight, linear_target, quantization
@@ -70,7 +70,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self._frozen: list[Any] = []
         self.merged_adapters: list[str] = []
         self._active_adapter = []
-        self.register_load_state_dict_post_hook(_note_leaks)
+        self.register_load_state_dict_post_hook(note_leaks)
 
     def add_adapter(
         self, adapter: str, config: HipLoraConfig, r: int, alpha: float, k: int, factors: SpectralFactors | None
@@ -161,6 +161,12 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             getattr(self, name)[adapter].copy_(getattr(factors, name.removeprefix("hiplora_")))
         self._initialise(adapter)
         self.retract_(adapter)
+
+    def train(self, mode: bool = True) -> Any:
+        """Check what transformers has written into the layer: its loads end here, and a compiled pass cannot."""
+        for adapter in [one for one in self.pending if self.has_factors(one)]:
+            self.ensure_factors(adapter)
+        return super().train(mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; another one becomes active if it was the active one (as in PEFT)."""
@@ -390,11 +396,3 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             frozen.data = frozen.data.to(layer.weight)  # the model may have been moved, or cast, since
             layer.weight = frozen
         self.merged_adapters.clear()
-
-
-def _note_leaks(layer: HipLoraLinear, _: Any) -> None:
-    """Have what a state dict brought act through the projection where, as in its model, it left the complement."""
-    for adapter in layer.hiplora_A.keys() - layer.pending:
-        A = layer.hiplora_A.parameter(adapter)
-        if not is_sharded(A) and not A.is_meta and layer.leak(adapter) > leak_limit(A.dtype):
-            layer._astray.add(adapter)

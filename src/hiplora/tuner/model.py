@@ -270,6 +270,8 @@ class HipLoraModel(BaseTuner):
         layers = _layers(model, adapter_name)
         for layer in layers.values():
             layer.ensure_factors(adapter_name)
+        for key in [key for key in state_dict if ".base_layer.hiplora_" in key]:  # inside another tuner's layer
+            state_dict[key.replace(".base_layer", "")] = state_dict.pop(key)
         for key in list(state_dict):  # one of the trainable parameters alone has no factors
             prefix, found, _ = key.partition(f".hiplora_A.{adapter_name}")
             if found and (owner := layers.get(layer_of(key))) is not None:

@@ -165,7 +165,8 @@ class FactorBuffers(nn.Module):
 
     def has_factors(self, adapter: str) -> bool:
         """Whether the factors are in the layer, although nothing said so: transformers writes them into it."""
-        return adapter not in self.pending or not self.hiplora_sigma[adapter].isnan().any()
+        sigma = self.hiplora_sigma[adapter]
+        return adapter not in self.pending or not (sigma.is_meta or sigma.isnan().any())
 
     def spectral_factors(self, adapter: str, config: HipLoraConfig, fingerprint: str) -> SpectralFactors:
         """Return an adapter's factors, to be shared with another of the same basis."""
@@ -192,7 +193,7 @@ class FactorBuffers(nn.Module):
 
 
 class _Held(nn.Module):
-    """Holds one parameter, `weight`; called only where FSDP wraps it, whose parameters are whole within a call."""
+    """Holds one parameter, `weight`; called only where FSDP or accelerate's offload provides it within a call."""
 
     weight: nn.Parameter
 
@@ -236,13 +237,21 @@ class FactorDict(nn.ModuleDict):
     def acting(self, adapter: str) -> Tensor:
         """Return an adapter's parameter for a forward pass."""
         held = self._modules[adapter]
-        return held.weight if isinstance(held, _Held) else held()
+        return held.weight if isinstance(held, _Held) and not held.weight.is_meta else held()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for adapter in self:  # names of 0.1
             if f"{prefix}{adapter}" in state_dict:
                 state_dict[f"{prefix}{adapter}.weight"] = state_dict.pop(f"{prefix}{adapter}")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def note_leaks(layer: HipLoraLinear, _: Any) -> None:
+    """Have what a state dict brought act through the projection where, as in its model, it left the complement."""
+    for adapter in layer.hiplora_A.keys() - layer.pending:
+        A = layer.hiplora_A.parameter(adapter)
+        if not is_sharded(A) and not A.is_meta and layer.leak(adapter) > leak_limit(A.dtype):
+            layer._astray.add(adapter)
 
 
 def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
