@@ -267,7 +267,8 @@ def _assemble(recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", result:
     aside = out / ".final.part"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    save_trained(recipe.method, trainer.model, aside, out / "checkpoints" / "start")
+    with trainer.session.measuring():
+        save_trained(recipe.method, trainer.model, aside, out / "checkpoints" / "start")
     if recipe.widens:
         join_saved(aside, Path(str(recipe.train.start_from)))
     for name, value in load_file(aside / WEIGHTS_FILE).items():
