@@ -61,7 +61,7 @@ class Session:
         return contextlib.nullcontext()
 
     def measuring(self) -> contextlib.AbstractContextManager[None]:
-        """Wrap measuring and saving: inside, the model is what the training would return now."""
+        """Wrap measuring and saving the result: inside, the model is what the training would return now."""
         return contextlib.nullcontext()
 
     def after_step(self, step: int, last: bool) -> None:

@@ -170,8 +170,7 @@ class AdapterTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        with self.session.measuring():
-            self.session.save(folder)
+        self.session.save(folder)
         kept = {name: getattr(self.record, name) for name in ("tokens", "seconds", "losses", "penalties")}
         write_atomic(folder / PROGRESS_FILE, json.dumps(kept))
 

@@ -109,6 +109,22 @@ class AdaLoraSession(Session):
         """Let PEFT weigh and prune the ranks; it counts from 0."""
         self._tuner.update_and_allocate(step - 1)
 
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Mask the ranks that are pruned for now: the adapter that is returned lacks them."""
+        import torch
+
+        scales = [p for name, p in self.model.named_parameters() if f"lora_E.{ADAPTER}" in name]
+        unmasked = [p.detach().clone() for p in scales]
+        if self._config.rank_pattern:
+            self._tuner.rankallocator.mask_using_rank_pattern(self._tuner.model, self._config.rank_pattern)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, values in zip(scales, unmasked, strict=True):
+                    parameter.copy_(values)
+
     def save(self, folder: Path) -> None:
         """Save the adapter at its full ranks, the mask of ranks that are left, and the importance estimates."""
         import torch
@@ -133,8 +149,10 @@ class AdaLoraSession(Session):
     def _whole(self) -> Iterator[None]:
         """Have PEFT save and load whole tensors, without pruning them."""
         pattern, self._config.rank_pattern = self._config.rank_pattern, None
-        yield
-        self._config.rank_pattern = pattern
+        try:
+            yield
+        finally:
+            self._config.rank_pattern = pattern
 
 
 def orthogonality(model: Any, step: int) -> "Tensor":

@@ -141,7 +141,8 @@ class SplitSession(Session):
         """Save the average, and every client's side."""
         import torch
 
-        super().save(folder)
+        with self.measuring():
+            super().save(folder)
         torch.save([[parameter.detach() for parameter in side] for side in self._sides], folder / CLIENTS_FILE)
 
     def load(self, folder: Path) -> None:
@@ -154,8 +155,10 @@ class SplitSession(Session):
     @contextlib.contextmanager
     def _seated(self, side: "Sequence[nn.Parameter]") -> Iterator[None]:
         self._seat(side)
-        yield
-        self._seat(self._sides[0])
+        try:
+            yield
+        finally:
+            self._seat(self._sides[0])
 
     def _seat(self, side: "Sequence[nn.Parameter]") -> None:
         for (module, name), parameter in zip(self._places, side, strict=True):
