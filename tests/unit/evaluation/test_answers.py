@@ -16,5 +16,5 @@ def test_a_tokenizer_without_end_and_padding_tokens_writes_after_prompts_of_seve
 
 
 def test_an_empty_prompt_needs_a_token_that_begins_a_text():
-    with pytest.raises(ConfigError, match="a prompt is empty, .* write a prompt"):
+    with pytest.raises(ConfigError, match="a prompt is empty"):
         continuations(tiny_llama(), tiny_tokenizer(), ["", "a"], 4)
