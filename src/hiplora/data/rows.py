@@ -195,7 +195,8 @@ def check_rows(
     DataError if there are no rows, or with a list of those that do not fit; where `bad` takes these, they are left out.
     """
     values: list[Row] = []
-    problems: list[str] = [] if bad is None else bad  # those that could not be read are listed already, in order
+    problems: list[str] = [] if bad is None else bad
+    earlier = len(problems)  # of other files
     candidates = [(place, value if format == "text" else renamed(value)) for place, value in rows]
     conversations = format == "messages" or (format == "auto" and any(has_history(value) for _, value in candidates))
     for place, value in candidates:
@@ -216,6 +217,7 @@ def check_rows(
         else:
             values.append((where, value))
             format = row_format
+    problems = problems[earlier:]
     if problems and (bad is None or not values):
         lines = problems[:MAX_SHOWN]
         if len(problems) > MAX_SHOWN:

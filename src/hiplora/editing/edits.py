@@ -126,9 +126,9 @@ def load_edits(
         raise DataError(f"{source}: has no edits; give one row an edit")
     by_prompt: dict[str, Edit] = {}
     if isinstance(rows[0][1], dict) and "target_new" in rows[0][1]:
-        for _, row in _checked(rows, source, _CounterFactRow):
-            if row.target_true != row.target_new:
-                by_prompt.setdefault(row.prompt, row.edit())
+        for _, fact in _checked(rows, source, _CounterFactRow):
+            if fact.target_true != fact.target_new:
+                by_prompt.setdefault(fact.prompt, fact.edit())
     else:
         checked = list(_checked(rows, source, _OwnRow))
         sets = list(dict.fromkeys(row.set for _, row in checked))

@@ -94,8 +94,8 @@ def _continued(model: Any, tokenizer: Any, prompts: list[Tensor]) -> list[Tensor
     ).cpu()  # fmt: skip
     rows = []
     for row, prompt in zip(written, prompts, strict=True):
-        ends = (row[width:] == tokenizer.eos_token_id).nonzero() if tokenizer.eos_token_id is not None else ()
-        rows.append(row[width - len(prompt) : width + int(ends[0]) if len(ends) else None])
+        ends = [width + i for i, token in enumerate(row[width:].tolist()) if token == tokenizer.eos_token_id]
+        rows.append(row[width - len(prompt) : ends[0] if ends else None])
     return rows
 
 

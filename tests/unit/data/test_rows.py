@@ -8,6 +8,7 @@ import pytest
 from hiplora.data.examples import DataSettings, as_examples, load_data
 from hiplora.data.rows import check_rows, is_hub_name, read_rows
 from hiplora.errors import DataError
+from tests.tiny import write_jsonl
 
 ROWS = [{"text": "ä"}, {"text": "b"}]
 
@@ -180,6 +181,15 @@ def test_bad_rows_are_left_out_wherever_they_stand(tmp_path, name, content):
     data = load_data(DataSettings(path=str(tmp_path / name), skip_bad_rows=True))
     assert [(one.prompt, one.response) for one in data.train] == [("a", "b")]
     assert data.notes[0].startswith("2 rows are left out")
+
+
+def test_a_file_without_a_good_row_is_named_by_its_own_bad_rows(tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}, *[{"prompt": "a"}] * 12]
+    train, held_out = write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.jsonl", rows[1:2])
+    with pytest.raises(DataError) as raised:
+        load_data(DataSettings(path=str(train), held_out=str(held_out), skip_bad_rows=True))
+    assert "b.jsonl, line 1: completion: Field required" in str(raised.value)
+    assert "a.jsonl" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
