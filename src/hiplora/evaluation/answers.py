@@ -11,7 +11,7 @@ from torch import nn
 
 from hiplora.data.encoding import beginning
 from hiplora.errors import ConfigError, first_line
-from hiplora.evaluation.likelihood import by_length, can_pad, encode, eval_mode, pad_left
+from hiplora.evaluation.likelihood import by_length, can_pad, encode, eval_mode, pad_left, pad_token
 from hiplora.evaluation.mounting import BASE, mounted
 from hiplora.positions import position_limit
 
@@ -28,7 +28,7 @@ def continuations(
 
     turn_ends: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # of a chat model
     ends = {tokenizer.eos_token_id, *(turn_ends if isinstance(turn_ends, (list, tuple)) else [turn_ends])} - {None}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_token(tokenizer)
     greedy = GenerationConfig(
         max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends) or None
     )
@@ -46,7 +46,7 @@ def continuations(
     written: dict[int, str] = {}
     with eval_mode(model):
         for batch in [*([fitting[place] for place in part] for part in parts), *([index] for index in cut_short)]:
-            ids, mask, _ = (tensor.to(device) for tensor in pad_left([rows[index] for index in batch], pad or 0))
+            ids, mask, _ = (tensor.to(device) for tensor in pad_left([rows[index] for index in batch], pad))
             if (room := context - ids.shape[1]) < 1:
                 what = f"the prompt {prompts[batch[0]][:40]!r} has {ids.shape[1]} tokens with what came before it"
                 raise ConfigError(f"{what}, and the model's context is {context}: shorten it")

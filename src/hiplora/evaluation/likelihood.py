@@ -135,6 +135,11 @@ def pad_left(rows: Sequence[Sequence[int]], token: int = 0) -> tuple[Tensor, Ten
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
+def pad_token(tokenizer: Any) -> int:
+    """Return the token to pad with: the tokenizer's, else the one that ends a text, else 0."""
+    return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+
+
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Yield batches of indices of items of similar length, so that little is padded."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)

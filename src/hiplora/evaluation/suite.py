@@ -54,8 +54,8 @@ class _File(BaseModel, extra="forbid"):
 @functools.cache
 def own_tasks() -> Mapping[str, Mapping[str, Any]]:
     """Return lm-eval's configuration of the project's tasks, by name; `metadata` has title, file, hub and score."""
-    files = sorted(TASKS.glob("*.yaml"))
-    return {path.stem: yaml.safe_load(path.read_text().replace("!function ", "")) for path in files}
+    files = {path.stem: path.read_text(encoding="utf-8") for path in sorted(TASKS.glob("*.yaml"))}
+    return {name: yaml.safe_load(text.replace("!function ", "")) for name, text in files.items()}
 
 
 def own_suites() -> list[str]:

@@ -17,7 +17,7 @@ from hiplora.data.encoding import IGNORED, encode_examples
 from hiplora.data.examples import load_data
 from hiplora.data.texts import ROW_LENGTH
 from hiplora.errors import ConfigError, HipLoraError
-from hiplora.evaluation.likelihood import pad_left
+from hiplora.evaluation.likelihood import pad_left, pad_token
 from hiplora.files import write_atomic
 from hiplora.positions import within_context
 from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
@@ -85,8 +85,8 @@ def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Te
 
 def _continued(model: Any, tokenizer: Any, prompts: list[Tensor]) -> list[Tensor]:
     """Sample what a model writes after prompts, to the end of the text or of the row."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids, mask, _ = pad_left([prompt.tolist() for prompt in prompts], pad or 0)
+    pad = pad_token(tokenizer)
+    ids, mask, _ = pad_left([prompt.tolist() for prompt in prompts], pad)
     width = ids.shape[1]
     written = model.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=True, top_k=0, top_p=1.0,
