@@ -248,8 +248,8 @@ def _scores(task: Any, results: Mapping[str, Any], key: str, lm: ScoringLM) -> T
     rows = [row for row in rows if row["filter"] == rows[0]["filter"]]
     form, likelihood = _likelihoods(task, rows, lm)
     # The task's score: the metric that it names, else the first with a value per item.
-    named, higher_is_better, row = _metadata(task).get("score"), task.higher_is_better(), rows[0]
-    candidates = [named] if named else row["metrics"]
+    score_name, higher_is_better, row = _metadata(task).get("score"), task.higher_is_better(), rows[0]
+    candidates = [score_name] if score_name else row["metrics"]
     usable = (
         name for name in candidates if isinstance(row.get(name), int | float) and higher_is_better.get(name, True)
     )

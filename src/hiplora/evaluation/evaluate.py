@@ -49,8 +49,8 @@ class EvalSettings:
     @property
     def folder(self) -> Path | None:
         """Folder with the data, if there is one."""
-        named = self.data or os.environ.get("HIPLORA_DATA")
-        return Path(named) if named else None
+        folder = self.data or os.environ.get("HIPLORA_DATA")
+        return Path(folder) if folder else None
 
     def engine(self, suite: Suite, tokenizer: Any) -> "Engine":
         """Load the suite's tasks, for a model with this tokenizer."""
@@ -73,13 +73,16 @@ def evaluate(
     DataError if settings, suite, data or `out` cannot be used; AdapterError if an adapter has no effect, does not fit,
     or leaves the base changed. Nothing is scored or written then.
     """
-    named = name_adapters(adapters)
-    inputs: dict[str, Any] = {"the base model": model, **{f"adapter {name}": folder for name, folder in named.items()}}
+    folders = name_adapters(adapters)
+    inputs: dict[str, Any] = {
+        "the base model": model,
+        **{f"adapter {name}": folder for name, folder in folders.items()},
+    }
     path = check_output_file(out, overwrite, inputs=inputs)
-    scoring = Scoring("evaluation", model, named, read_suite(settings.suite, settings.folder), settings, path)
-    for name in (BASE, *named):
-        scoring.add(name, mounted(scoring.network, named.get(name)))
-    results = scoring.results((BASE, *named))
+    scoring = Scoring("evaluation", model, folders, read_suite(settings.suite, settings.folder), settings, path)
+    for name in (BASE, *folders):
+        scoring.add(name, mounted(scoring.network, folders.get(name)))
+    results = scoring.results((BASE, *folders))
     write_atomic(path, json.dumps(results, indent=1))
     scoring.store.remove()
     return results
@@ -92,17 +95,17 @@ class Scoring:
     """
 
     def __init__(
-        self, kind: str, model: str, named: Mapping[str, Path], suite: Suite, settings: EvalSettings, out: Path,
+        self, kind: str, model: str, adapters: Mapping[str, Path], suite: Suite, settings: EvalSettings, out: Path,
         **merge: Any,
     ):  # fmt: skip
         self.engine, self._batch = settings.engine(suite, load_tokenizer(model)), settings.batch_size
         self.network, self.tokenizer = load_model(model, settings.device)
-        self.check({name: mounted(self.network, folder) for name, folder in named.items()})
+        self.check({name: mounted(self.network, folder) for name, folder in adapters.items()})
         plan = {
             "kind": kind,
             "hiplora": __version__,
             "model": [model, folder_identity(model)],
-            "adapters": {name: folder_identity(folder) for name, folder in named.items()},
+            "adapters": {name: folder_identity(folder) for name, folder in adapters.items()},
             **merge,
             "tasks": self.engine.describe(),
             "seed": settings.seed,
@@ -115,7 +118,7 @@ class Scoring:
             "suite": suite.name,
             "limit": settings.limit,
             "seed": settings.seed,
-            "adapters": {name: str(folder) for name, folder in named.items()},
+            "adapters": {name: str(folder) for name, folder in adapters.items()},
             "provenance": provenance(plan_sha256=json_sha256(plan)),
         }
 

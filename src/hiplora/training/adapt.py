@@ -30,17 +30,17 @@ def check_fit(recipe: TrainRecipe) -> Any:
 
 
 def fitting_config(
-    method: Any, model: Any, steps: int | None = None, given: Mapping[str, Any] | None = None
+    method: Any, model: Any, steps: int | None = None, stored: Mapping[str, Any] | None = None
 ) -> "PeftConfig":
     """Return the PEFT configuration of a method's adapter on a model, which may be without weights.
 
-    `given` is the configuration of a finished adapter to carry on. Raises ConfigError if a name or pattern matches
+    `stored` is the configuration of a finished adapter to carry on. Raises ConfigError if a name or pattern matches
     nothing, a layer has fewer directions than the ranks need, or the layer would not be trained.
     """
     from hiplora.tuner import HipLoraConfig, default_targets, find_targets, matching_names
     from hiplora.tuner.experts import unrolled
 
-    config: Any = method.peft_config(steps) if given is None else method.continued_config(given)
+    config: Any = method.peft_config(steps) if stored is None else method.continued_config(stored)
     if method.target_modules == Method.model_fields["target_modules"].default:  # whatever this model calls them
         config.target_modules = {*default_targets(model, "paper")}
     targets: Any = ()
@@ -93,13 +93,13 @@ def _unmatched(config: Any, model: Any, modules: Iterable[str], adapted: list[st
                 yield f"{field} {pattern!r} matches no adapted layer"
 
 
-def check_trackers(given: str | list[str]) -> None:
+def check_trackers(trackers: str | list[str]) -> None:
     """Check that the Trainer knows the trackers of `report_to`, and that they are installed."""
     from transformers.integrations import integration_utils
 
     known = integration_utils.INTEGRATION_TO_CALLBACK
     installed = (*integration_utils.get_available_reporting_integrations(), "azure_ml", "flyte")  # it omits these two
-    names = [given] if isinstance(given, str) else given
+    names = [trackers] if isinstance(trackers, str) else trackers
     for name in names if names not in (["none"], ["all"]) else ():
         if name not in known:
             raise ConfigError(
@@ -117,13 +117,13 @@ def put_on(
     seed: int,
     start: Path | None = None,
     steps: int | None = None,
-    given: Path | None = None,
+    start_from: Path | None = None,
 ) -> "PeftModel":
     """Put a method's adapter on a bare model, which is changed: calibrated, at the point where training begins.
 
-    The folder `start` keeps the start of a method that moves the base: read if it has one, else written. `given` is the
-    folder of a finished adapter to carry on from (`start_problem`), instead of a new one. Raises ConfigError if the
-    method or the given adapter does not fit the model, AdapterError if the adapter is damaged, and what `prepare`
+    The folder `start` keeps the start of a method that moves the base: read if it has one, else written. `start_from`
+    is the folder of a finished adapter to carry on from (`start_problem`), instead of a new one. Raises ConfigError if
+    the method or that adapter does not fit the model, AdapterError if the adapter is damaged, and what `prepare`
     raises.
     """
     import torch
@@ -133,17 +133,17 @@ def put_on(
     from hiplora.adapters import quiet_loading
 
     start_file = start / WEIGHTS_FILE if method.moves_base and start is not None else None
-    tensors, begin = load_file(given / WEIGHTS_FILE) if given is not None else None, None
+    tensors, begin = load_file(start_from / WEIGHTS_FILE) if start_from is not None else None, None
     if tensors is not None and start_file is not None:
         tensors, origin = split_difference(tensors)
         if not start_file.is_file():
             keep_start(origin, start_file)
-    stored = None if given is None else json.loads((given / CONFIG_FILE).read_text(encoding="utf-8"))
+    stored = None if start_from is None else json.loads((start_from / CONFIG_FILE).read_text(encoding="utf-8"))
     config = fitting_config(method, model, steps, stored)
     try:
         if start_file is not None and start_file.is_file():
             begin = restored(config, start_file)
-        elif given is None:
+        elif start_from is None:
             begin = method.prepare(config, model, tokenizer)
         torch.manual_seed(seed)
         with quiet_loading():
@@ -163,7 +163,7 @@ def put_on(
     if start_file is not None and not start_file.is_file():
         keep_start(get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False), start_file)
     if tensors is not None:
-        _load_tensors(adapted, tensors, given)
+        _load_tensors(adapted, tensors, start_from)
     return adapted
 
 

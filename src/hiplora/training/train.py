@@ -154,7 +154,7 @@ def _trainer(
             adapted = put_on_widened(method, model, tokenizer, finished, seed=recipe.seed, steps=steps)
         else:
             start = out / "checkpoints" / "start"
-            adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=start, steps=steps, given=finished)
+            adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=start, steps=steps, start_from=finished)
     session = method.session(adapted, len(rows))
     token_loss = TokenLoss(settings.token_weight, settings.masked_kl_weight)
     # TRL's loss needs the model below the output head, which some do not name, as Llama 3.2 Vision's for text.

@@ -108,15 +108,15 @@ def _basis(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def join_saved(folder: Path, given: Path) -> None:
+def join_saved(folder: Path, start_from: Path) -> None:
     """Join the adapter just saved in `folder` with the one it carries on from, into a single adapter of the base model.
 
     Both low-rank parts stay out of the factors of the first adapter, which are saved; the wider basis goes beside them.
     """
     from hiplora.tuner import file_names
 
-    old, new = file_names(load_file(given / WEIGHTS_FILE)), load_file(folder / WEIGHTS_FILE)
-    config = json.loads((given / CONFIG_FILE).read_text(encoding="utf-8"))
+    old, new = file_names(load_file(start_from / WEIGHTS_FILE)), load_file(folder / WEIGHTS_FILE)
+    config = json.loads((start_from / CONFIG_FILE).read_text(encoding="utf-8"))
     added = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     joined = dict(old)
     for key, tensor in new.items():
