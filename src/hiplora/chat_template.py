@@ -1,4 +1,4 @@
-"""Chat templates of strangers' models: whether one comes to an end, and takes messages that are plain text."""
+"""Chat templates of unknown models: whether one terminates, and takes messages that are plain text."""
 
 import functools
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 30  # with the start of a process
-# What stands before a template that takes the parts of a message, and would leave out or refuse plain text.
+# Put before a template that takes the parts of a message, and would leave out or refuse plain text.
 _PARTS = """\
 {%- set text = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -49,30 +49,32 @@ def prepare_template(tokenizer: Any) -> bool:
     """Make a tokenizer's chat templates, of which there may be several by name, take messages that are plain text.
 
     Those of models that see pictures may want a message in parts. Returns False, and changes nothing, if one does not
-    come to an end.
+    terminate.
     """
-    given = getattr(tokenizer, "chat_template", None)
-    named = given if isinstance(given, dict) else {"default": given}
-    ready = {name: _ready(text) for name, text in named.items() if isinstance(text, str)}
-    if None in ready.values():
+    original = getattr(tokenizer, "chat_template", None)
+    templates = original if isinstance(original, dict) else {"default": original}
+    prepared = {name: _prepared(text) for name, text in templates.items() if isinstance(text, str)}
+    if None in prepared.values():
         return False
-    if ready:
-        tokenizer.chat_template = ready if isinstance(given, dict) else ready["default"]
+    if prepared:
+        tokenizer.chat_template = prepared if isinstance(original, dict) else prepared["default"]
     return True
 
 
 @functools.cache
-def _ready(template: str) -> str | None:
+def _prepared(template: str) -> str | None:
     """Return a template that takes plain text, tried in a process that can be stopped; None if that takes too long.
 
-    What else is wrong with it shows where it is used; so does a template that cannot be tried.
+    Other faults, also of a template that cannot be tried, surface where it is used.
     """
-    paths = [path for path in sys.path if path and Path(path) != Path.cwd()]  # nothing of a working folder runs
+    paths = [path for path in sys.path if path and Path(path) != Path.cwd()]  # no code of the working folder runs
     command = [sys.executable, "-I", "-c", _RENDER, json.dumps(paths), _PARTS, str(_IN_PARTS)]
     try:
-        done = subprocess.run(command, input=template.encode(errors="replace"), capture_output=True, timeout=SECONDS)
+        process = subprocess.run(
+            command, input=template.encode(errors="replace"), capture_output=True, timeout=SECONDS
+        )
     except subprocess.TimeoutExpired:
         return None
-    if done.returncode not in (0, 1, _IN_PARTS):
+    if process.returncode not in (0, 1, _IN_PARTS):
         return None
-    return _PARTS + template if done.returncode == _IN_PARTS else template
+    return _PARTS + template if process.returncode == _IN_PARTS else template

@@ -158,6 +158,14 @@ def test_split_lora_with_one_client_is_plain_lora(whole, make, tmp_path):
     assert_equal_runs(train(make(split), tmp_path / "split"), whole("lora"))
 
 
+def test_split_lora_that_ends_between_two_averagings_gives_the_average_of_the_clients(make, tmp_path):
+    split = METHODS["split_lora"] | {"average_every": 100}
+    result = train(make(split, steps=24, lr=0.03, eval_every=1, patience=2, warmup_ratio=0.0), tmp_path / "out")
+    assert result.steps < 24
+    measured = tensors(result.adapter / "checkpoints" / f"checkpoint-{result.steps}")
+    assert all(value.equal(measured[name]) for name, value in tensors(result.adapter).items())
+
+
 @pytest.mark.parametrize("method", ["lora", "paper"])
 def test_accumulating_gradients_equals_the_large_batch(make, tmp_path, method):
     settings = {"steps": 4, "packing": False, "log_every": 1}

@@ -7,6 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
+from hiplora.evaluation.likelihood import heldout_loss
+from hiplora.evaluation.updates import task_rows
+from hiplora.models import load
 from hiplora.training import train
 from hiplora.training.trainer import AdapterTrainer
 from tests.integration.training import small_recipe, small_rows, tensors
@@ -57,3 +60,18 @@ def test_the_steps_are_those_of_pefts_own_loop(recipe, tmp_path, tiny_model_dir)
     ranks = [len(value) for name, value in expected.items() if "lora_A" in name]
     assert sum(ranks) == 2 * len(ranks)
     assert len(set(ranks)) > 1
+
+
+def test_a_training_that_ends_while_ranks_are_pruned_gives_the_adapter_that_was_measured(
+    recipe, tmp_path, tiny_model_dir
+):
+    held_out = small_rows(tmp_path / "held_out.jsonl", 8, task="Repeat")
+    data = {"held_out": str(held_out), "held_out_fraction": None}
+    method = {**METHOD, "init_r": 8, "tinit": 0, "tfinal": 1, "deltaT": 4}
+    result = train(recipe(method, data, steps=40, lr=0.1, eval_every=1, patience=4), tmp_path / "out")
+    assert result.steps % 4, "the ranks that were pruned have not grown again"
+    assert result.steps < 39
+    model, tokenizer = load(tiny_model_dir)
+    examples, _ = task_rows(tokenizer, held_out, model)
+    saved = peft.PeftModel.from_pretrained(model, result.adapter)
+    assert heldout_loss(saved, examples) == pytest.approx(result.held_out["after"], rel=1e-6)

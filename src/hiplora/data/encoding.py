@@ -34,8 +34,8 @@ class EncodingReport:
     endless: int = 0  # conversations whose learned text does not end on a special token
 
     def warnings(self, max_length: int) -> list[str]:
-        """Say what was cut or left out, or may not learn to stop; empty if nothing was."""
-        said = {
+        """Return a warning for each kind of rows that are cut, left out, or may not teach the model to stop."""
+        warnings = {
             "responses are cut at {} tokens; raise max_length, up to the model's context, to keep them "
             "whole": self.truncated,
             "rows are left out: the prompt alone has {} tokens or more; raise max_length or shorten the "
@@ -43,7 +43,7 @@ class EncodingReport:
             "conversations end on no end-of-turn token, so the model will not learn to stop; put it inside "
             "{{% generation %}} in the chat template, or see what is learned with --preview": self.endless,
         }
-        return [f"{n} of {self.examples} {text.format(max_length)}" for text, n in said.items() if n]
+        return [f"{n} of {self.examples} {text.format(max_length)}" for text, n in warnings.items() if n]
 
 
 def encode_examples(
@@ -56,8 +56,8 @@ def encode_examples(
     takes such conversations, they are left out.
     """
     report, rows = EncodingReport(examples=len(examples)), []
-    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
-    specials = {tokenizer.eos_token_id, *(index for index, token in added if token.special)}
+    added_tokens = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    specials = {tokenizer.eos_token_id, *(index for index, token in added_tokens if token.special)}
     for start in range(0, len(examples), CHUNK):
         chunk = examples[start : start + CHUNK]
         for example, tokens in zip(chunk, _encode(tokenizer, chunk), strict=True):
@@ -87,13 +87,13 @@ def as_texts(tokenizer: Any, example: Example) -> tuple[str, str]:
     """Return the text before an example's last answer, and that answer without what ends its turn."""
     if not example.messages:
         return example.prompt, example.response
-    text, spans = _worded(tokenizer, example)
+    text, spans = _render(tokenizer, example)
     before, answer = text[: spans[-1][0]], text[slice(*spans[-1])].rstrip()
     return before, answer.removesuffix(next(filter(answer.endswith, _specials(tokenizer)), ""))
 
 
 def shown(tokenizer: Any, row: dict[str, list[int]]) -> str:
-    """Return the text of an encoded row, what is learned between ⟦ and ⟧."""
+    """Return the text of an encoded row, with what is learned between ⟦ and ⟧."""
     text = ""
     for learned, group in groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != IGNORED):
         piece = tokenizer.decode([token for token, _ in group])
@@ -102,7 +102,7 @@ def shown(tokenizer: Any, row: dict[str, list[int]]) -> str:
 
 
 def _learned(labels: Sequence[int]) -> int:
-    """Count the predicted tokens: the first of a sequence never is."""
+    """Count the learned tokens; the first of a sequence is never predicted."""
     return sum(label != IGNORED for label in labels[1:])
 
 
@@ -122,7 +122,7 @@ def _cut(example: Example, tokens: Tokens, max_length: int, report: EncodingRepo
 
 
 def _encode(tokenizer: Any, examples: Sequence[Example]) -> Iterator[Tokens | DataError]:
-    """Tokenize prompts and whole texts in two calls, conversations one by one; yields what is wrong with one."""
+    """Tokenize prompts and whole texts in two calls, conversations one by one; yield the error of one that fails."""
     plain = [example for example in examples if not example.messages]
     prompts = _tokenize(tokenizer, [example.prompt for example in plain])
     wholes = _tokenize(tokenizer, [example.prompt + example.response for example in plain])
@@ -140,8 +140,8 @@ def _encode(tokenizer: Any, examples: Sequence[Example]) -> Iterator[Tokens | Da
 
 def _join(tokenizer: Any, prefix: list[int], prompt: list[int], whole: list[int], example: Example) -> Tokens:
     """Join prompt and response; a response whose first token spans the boundary is tokenized by itself."""
-    apart = whole[: len(prompt)] == prompt
-    response = whole[len(prompt) :] if apart else _continuation(tokenizer, example.response)
+    splits_at_prompt = whole[: len(prompt)] == prompt
+    response = whole[len(prompt) :] if splits_at_prompt else _continuation(tokenizer, example.response)
     end = tokenizer.eos_token_id
     if end is not None and response[-1:] != [end]:
         response = [*response, end]
@@ -156,48 +156,49 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _continuation(tokenizer: Any, text: str) -> list[int]:
-    """Tokenize a text that follows another: without the blank that SentencePiece puts before a text."""
+    """Tokenize a text that follows another, without the blank that SentencePiece puts before a text."""
     anchor, whole, alone = _tokenize(tokenizer, ["\n", "\n" + text, text])
     return whole[len(anchor) :] if whole[: len(anchor)] == anchor else alone
 
 
 def beginning(tokenizer: Any) -> list[int]:
     """Return the special tokens that the tokenizer puts before a text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    starts = range(len(full) - len(bare) + 1)
-    return next((full[:start] for start in starts if full[start : start + len(bare)] == bare), [])
+    text = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    starts = range(len(whole) - len(text) + 1)
+    return next((whole[:start] for start in starts if whole[start : start + len(text)] == text), [])
 
 
-def _worded(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
-    """Render a conversation as `_rendered`; DataError names the row whose answers cannot be rendered."""
+def _render(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
+    """Render a conversation by `_render_checked`; a DataError names its row."""
     try:
-        return _checked(tokenizer, example)
+        return _render_checked(tokenizer, example)
     except DataError as error:
         raise DataError(f"{example.place}: {error}" if example.place else str(error)) from error
 
 
-def _checked(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
+def _render_checked(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
+    """Render a conversation by `_render_for_training`; DataError if the template loses what should be learned."""
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
         what = "the data are conversations, and the model's tokenizer has no chat template"
         raise DataError(f"{what}; use a chat model, or give the rows as prompt and completion")
-    which = f"the conversation that begins {example.messages[0]['content'][:40]!r}"
+    conversation = f"the conversation that begins {example.messages[0]['content'][:40]!r}"
     try:
-        text, spans = _rendered(tokenizer, example)
+        text, spans = _render_for_training(tokenizer, example)
     except (TemplateError, TypeError) as error:
         system = example.messages[0]["role"] == "system"
         way = "; put the system message's text into the user's first" if system else ""
-        raise DataError(f"the model's chat template refuses {which} ({first_line(error)}){way}") from error
+        raise DataError(f"the model's chat template refuses {conversation} ({first_line(error)}){way}") from error
     if any(message.get("tool_calls") for message in example.messages):
-        bare = [{key: message[key] for key in message if key != "tool_calls"} for message in example.messages]
+        no_calls = [{key: message[key] for key in message if key != "tool_calls"} for message in example.messages]
         with contextlib.suppress(TemplateError, TypeError):  # a template that fails without the calls reads them
-            if tokenizer.apply_chat_template(bare, list(example.tools) or None, tokenize=False) == text:
-                what = f"the model's chat template leaves out the tool calls of {which}"
+            if tokenizer.apply_chat_template(no_calls, list(example.tools) or None, tokenize=False) == text:
+                what = f"the model's chat template leaves out the tool calls of {conversation}"
                 raise DataError(f"{what}, so they would not be learned; use a model with tools, or write them as text")
     if not any(text[start:end].strip() for start, end in spans):
-        what = f"the model's chat template marks nothing to learn in {which}"
+        what = f"the model's chat template marks nothing to learn in {conversation}"
         raise DataError(f"{what}; look for {{% generation %}} in it, or give the rows as prompt and completion")
     return text, spans
 
@@ -208,13 +209,13 @@ def _conversation(tokenizer: Any, example: Example) -> Tokens:
     The whole is tokenized at once, as inference does, and cut by characters; piece by piece where a token reaches over
     the edge of a span.
     """
-    text, spans = _worded(tokenizer, example)
+    text, spans = _render(tokenizer, example)
     edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-    ids, places = encoded["input_ids"], encoded.get("offset_mapping")
-    if places is not None and not any(start < edge < end for start, end in places for edge in edges):
-        learned = [any(first <= start < end <= last for first, last in spans) for start, end in places]
-        return ids, [token if known else IGNORED for token, known in zip(ids, learned, strict=True)]
+    ids, offsets = encoded["input_ids"], encoded.get("offset_mapping")
+    if offsets is not None and not _token_spans_edge(offsets, edges):
+        learned = [any(first <= start < end <= last for first, last in spans) for start, end in offsets]
+        return ids, [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
     ids, labels = [], []
     for first, last in pairwise(edges):
         piece = _continuation(tokenizer, text[first:last]) if first else _tokenize(tokenizer, [text[:last]])[0]
@@ -223,34 +224,41 @@ def _conversation(tokenizer: Any, example: Example) -> Tokens:
     return ids, labels
 
 
-def _rendered(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
+def _token_spans_edge(offsets: Sequence[Span], edges: Sequence[int]) -> bool:
+    """Return whether a token has characters on both sides of an edge, its leading blank, which some trim, included."""
+    ends = [end for _, end in offsets]
+    starts = [min(start, previous) for (start, _), previous in zip(offsets, [0, *ends], strict=False)]
+    return any(start < edge < end for start, end in zip(starts, ends, strict=True) for edge in edges)
+
+
+def _render_for_training(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
     """Render a conversation; return its text and the spans of the assistant's messages to learn.
 
     Where the template ends no turn, or writes an answer in another way once more turns follow (without its thoughts,
     say), TRL's edition of it for training takes its place.
     """
     messages, tools = [dict(message) for message in example.messages], list(example.tools) or None
-    template, specials, wrong = tokenizer.get_chat_template(tools=tools), _specials(tokenizer), None
-    answers = functools.partial(_answers, tokenizer, messages, tools, specials)
+    template, specials, failure = tokenizer.get_chat_template(tools=tools), _specials(tokenizer), None
+    render = functools.partial(_render_answers, tokenizer, messages, tools, specials)
     try:
-        text, spans = answers(template, bool(MARK.search(template)))
+        text, spans = render(template, bool(MARK.search(template)))
     except (DataError, TypeError) as error:
-        text, spans, wrong = "", [], error
-    if wrong or not all(text[start:end].endswith(specials) for start, end in spans):
+        text, spans, failure = "", [], error
+    if failure or not all(text[start:end].endswith(specials) for start, end in spans):
         if edition := _training_edition(tokenizer, template):
-            text, spans = answers(edition, marked=False)  # its marks take in some of what a prompt gives
-        elif wrong:
-            raise wrong
-    said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    kept = [index >= example.learn_from and messages[index].get("weight") != 0 for index in said]
-    if all(kept):
+            text, spans = render(edition, marked=False)  # its marks take in some of what a prompt gives
+        elif failure:
+            raise failure
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = [index >= example.learn_from and messages[index].get("weight") != 0 for index in answers]
+    if all(learned):
         return text, spans
-    if len(spans) != len(said):
-        what = f"the model's chat template marks {len(spans)} answers of {len(said)}"
+    if len(spans) != len(answers):
+        what = f"the model's chat template marks {len(spans)} answers of {len(answers)}"
         raise DataError(
             f"{what}, so those that are not to be learned cannot be told from the others; leave the row out"
         )
-    return text, [span for span, learned in zip(spans, kept, strict=True) if learned]
+    return text, [span for span, is_learned in zip(spans, learned, strict=True) if is_learned]
 
 
 @functools.lru_cache(maxsize=8)
@@ -263,18 +271,18 @@ def _training_edition(tokenizer: Any, template: str) -> str | None:
     return None
 
 
-def _answers(
+def _render_answers(
     tokenizer: Any, messages: list[Any], tools: Any, specials: tuple[str, ...], template: str, marked: bool
 ) -> tuple[str, list[Span]]:
-    """Render a conversation by a template; return its text and the spans of all that the assistant says.
+    """Render a conversation by a template; return its text and the spans of the assistant's messages.
 
-    They are the template's {% generation %} marks where it is `marked`, lengthened to the end of the turn where they
-    leave it out; else beginnings of the conversation are rendered to find the turns.
+    In a `marked` template the spans are its {% generation %} marks, lengthened to the end of the turn where they leave
+    it out; else beginnings of the conversation are rendered to find the turns.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    given = {"conversations": [messages], "tools": tools, "chat_template": template, **tokenizer.special_tokens_map}
-    (text, *_), marks = render_jinja_template(**given, return_assistant_tokens_mask=marked)
+    inputs = {"conversations": [messages], "tools": tools, "chat_template": template, **tokenizer.special_tokens_map}
+    (text, *_), marks = render_jinja_template(**inputs, return_assistant_tokens_mask=marked)
     turns = functools.partial(_turns, tokenizer, messages, tools, specials, template, text)
     if not marked:
         return text, list(turns())
@@ -286,9 +294,9 @@ def _answers(
 
 
 def _turn_end(text: str, start: int, end: int, specials: tuple[str, ...]) -> int:
-    """Return where a turn of the text ends: after its last special token, if only blanks follow there."""
-    said = text[start:end].rstrip()
-    return start + len(said) if said.endswith(specials) else end
+    """Return where a turn of the text ends: after its last special token, if only blanks follow that."""
+    turn = text[start:end].rstrip()
+    return start + len(turn) if turn.endswith(specials) else end
 
 
 def _specials(tokenizer: Any) -> tuple[str, ...]:
@@ -310,14 +318,14 @@ def _turns(
         after = render(index + 1)
         header = render(1, prompt=True)[len(render(1)) :] if not index else ""  # nothing renders no messages
         before = render(index, prompt=True) if index else after[: after.find(header) + len(header)]
-        start, bare = len(before), after.rstrip()
+        start, body = len(before), after.rstrip()
         if not after.startswith(before):  # what a prompt opens, such as thoughts, an answer may do without
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
             start = len(UNFINISHED.sub("", after[:same]))
-        while bare.endswith(specials):
-            bare = bare.removesuffix(next(filter(bare.endswith, specials))).rstrip()
-        end = next(filter(full[len(bare) :].startswith, specials), "")  # the last answer's may be another
-        whole = after if full.startswith(after) else bare + end
+        while body.endswith(specials):
+            body = body.removesuffix(next(filter(body.endswith, specials))).rstrip()
+        end = next(filter(full[len(body) :].startswith, specials), "")  # the last answer's may be another
+        whole = after if full.startswith(after) else body + end
         opened = start == len(before) or start > len(render(index))
         if not (opened and full.startswith(whole) and (end or whole == after)):
             what = f"the model's chat template renders message {index + 1} differently when it is not the last"

@@ -133,7 +133,7 @@ class Example:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The examples of a recipe, the hashes of the files that they were read from, and what was left out."""
+    """The examples of a recipe, the hashes of the files that they were read from, and notes on rows left out."""
 
     train: list[Example]
     held_out: list[Example]
@@ -144,12 +144,12 @@ class TrainingData:
 def load_examples(
     source: str | Path, format: str = "auto", template: str | None = None, limit: int | None = None
 ) -> list[Example]:
-    """Read the first `limit` rows of a data file as examples; DataError names each row that lacks something."""
+    """Read the first `limit` rows of a data file as examples; DataError names each row that lacks a field."""
     return as_examples(*check_rows(read_rows(Path(source)), format, source), template)[:limit]
 
 
 def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
-    """Read what a recipe trains and measures on, and split it; `chat` says that template `auto` may be `chat`.
+    """Read the rows that a recipe trains and measures on, and split them; `chat` allows template `auto` to be `chat`.
 
     Raises DataError if rows cannot be used, or none is left to train on.
     """
@@ -163,22 +163,22 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
         format, rows = check_rows(hub_rows(name, data.hub_config, data.split or "train"), data.format, name, bad)
     else:
         format, rows = read(name, data.format)
-    kept = rows if data.max_characters is None else _short_enough(rows, format, data.max_characters, name)
-    train, held_out = as_examples(format, kept[: data.limit], data.template, chat), []
+    short = rows if data.max_characters is None else _short_enough(rows, format, data.max_characters, name)
+    train, held_out = as_examples(format, short[: data.limit], data.template, chat), []
     if data.held_out is not None:
         held_out = as_examples(*read(data.held_out, format), data.template, chat)
     elif data.held_out_fraction is not None:
         train, held_out = _split(train, data.held_out_fraction, name)
     sources: dict[str, dict[str, Any]] = {"train": {}}
     for path, weight in data.mix.items():
-        more = as_examples(*read(path, "auto"), data.template, chat)
-        whole, rest = divmod(weight * len(more), len(more))
-        train += more * int(whole) + random.Random(SPLIT_SEED).sample(more, round(rest))
+        added = as_examples(*read(path, "auto"), data.template, chat)
+        repeats, rest = divmod(weight * len(added), len(added))
+        train += added * int(repeats) + random.Random(SPLIT_SEED).sample(added, round(rest))
         key = path if Path(path).name in sources else Path(path).name
         sources[key] = {"file": Path(path).name, "sha256": file_sha256(path), "weight": weight}
     notes = skipped(bad)
-    apart = {_identity(example) for example in held_out}
-    distinct = [example for example in train if _identity(example) not in apart]
+    held_out_texts = {_identity(example) for example in held_out}
+    distinct = [example for example in train if _identity(example) not in held_out_texts]
     if not distinct:
         raise DataError(f"{name}: all rows are copies of held-out rows; give rows that differ, or hold out none")
     if copies := len(train) - len(distinct):
@@ -190,17 +190,17 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
         if any(example.messages for example in train):
             what = "data.learn_prompt does not apply to conversations"
             raise DataError(f"{name}: {what}; remove it, or set data.template: instruction")
-        train, held_out = ([replace(e, learn_prompt=True) for e in part] for part in (train, held_out))
+        train, held_out = ([replace(row, learn_prompt=True) for row in part] for part in (train, held_out))
     sources["train"] = _source(data, data.path, len(train))
     if data.max_characters is not None:
-        sources["train"]["too_long"] = len(rows) - len(kept)
+        sources["train"]["too_long"] = len(rows) - len(short)
     if held_out:
         sources["held_out"] = _source(data, data.held_out or data.path, len(held_out))
     return TrainingData(train, held_out, sources, tuple(notes))
 
 
 def skipped(bad: Sequence[str] | None) -> list[str]:
-    """Return what to say of rows that `data.skip_bad_rows` leaves out, by what is wrong with each."""
+    """Return a note on the rows that `data.skip_bad_rows` leaves out, given what is wrong with each."""
     return [f"{len(bad)} rows are left out (data.skip_bad_rows), the first: {bad[0]}"] if bad else []
 
 
@@ -212,22 +212,24 @@ def _short_enough(rows: list[Row], format: str, limit: int, name: str) -> list[R
     """Return the rows whose question and answer, with a space between, have at most `limit` characters."""
     if format == "messages":
         raise DataError(f"{name}: data.max_characters does not apply to conversations; remove it")
-    kept = [(place, row) for place, row in rows if len(" ".join(filter(None, _parts(row, format)))) <= limit]
-    if not kept:
+    short = [(place, row) for place, row in rows if len(" ".join(filter(None, _parts(row, format)))) <= limit]
+    if not short:
         raise DataError(f"{name}: all {len(rows)} rows have more than {limit} characters (data.max_characters)")
-    return kept
+    return short
 
 
 def as_examples(format: str, rows: list[Row], template: str | None = None, chat: bool = False) -> list[Example]:
-    """Return checked rows as examples; `chat` says that template `auto` may be `chat`. DataError if it does not fit."""
+    """Return checked rows as examples; `chat` allows template `auto` to be `chat`. DataError if it does not fit."""
     default = TEMPLATES.get(format)
     if template == "auto":
         template = "chat" if chat and default == "instruction" else None
     if template is not None and default is None:
         raise DataError(f"data.template: {template} does not apply to {format} rows; remove it")
-    if format not in (fitting := RESTRICTED.get(template or "", (format,))):
-        fit = " and ".join(fitting)
-        raise DataError(f"data.template: {template} applies to {fit} rows, not to {format}; remove it")
+    formats = RESTRICTED.get(template or "", (format,))
+    if format not in formats:
+        raise DataError(
+            f"data.template: {template} applies to {' and '.join(formats)} rows, not to {format}; remove it"
+        )
     return [replace(_example(row, format, template or default), place=place) for place, row in rows]
 
 
@@ -268,8 +270,8 @@ def _parts(row: Mapping[str, Any], format: str) -> tuple[str, str, str]:
     return row[question], row.get("context") or "", row[answer]
 
 
-def _conversation(given: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), learn_from: int = 0) -> Example:
-    messages = tuple({**message, "content": message.get("content") or ""} for message in given)
+def _conversation(turns: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), learn_from: int = 0) -> Example:
+    messages = tuple({**message, "content": message.get("content") or ""} for message in turns)
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
     before = "\n\n".join(message["content"] for message in messages[:last])
     return Example(before, messages[last]["content"], messages, tools=tuple(tools), learn_from=learn_from)
@@ -280,9 +282,9 @@ def _split(examples: list[Example], fraction: float, name: str) -> tuple[list[Ex
     if count >= len(examples):
         what = f"data.held_out_fraction {fraction} of {len(examples)} rows leaves none to train on"
         raise DataError(f"{name}: {what}; lower it, or give more rows")
-    held = set(random.Random(SPLIT_SEED).sample(range(len(examples)), count))
-    train = [example for index, example in enumerate(examples) if index not in held]
-    return train, [examples[index] for index in sorted(held)]
+    held_out = set(random.Random(SPLIT_SEED).sample(range(len(examples)), count))
+    train = [example for index, example in enumerate(examples) if index not in held_out]
+    return train, [examples[index] for index in sorted(held_out)]
 
 
 def _source(data: DataSettings, path: str | None, rows: int) -> dict[str, Any]:

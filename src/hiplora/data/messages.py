@@ -7,9 +7,7 @@ from typing import Any
 
 # ShareGPT's names of roles.
 _ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool", "bing": "assistant"}
-
-
-# What data sets have → the names here: Dolly; NuminaMath and Magicoder; OpenOrca; MBPP.
+# Fields of popular data sets → the project's names: Dolly; NuminaMath and Magicoder; OpenOrca; MBPP.
 _FIELDS = (
     ({"instruction", "response"}, {"response": "output", "context": "input"}),
     ({"problem", "solution"}, {"problem": "question", "solution": "answer"}),
@@ -22,7 +20,7 @@ _PAIRS = (("instruction", "output"), ("question", "answer"), ("query", "response
 
 
 def renamed(row: Any) -> Any:
-    """Return a row of a data set with other names for the usual fields under the names here."""
+    """Return a row of a data set that names the usual fields otherwise under the project's names."""
     for fields, names in _FIELDS if isinstance(row, Mapping) else ():
         if row.keys() >= fields and not row.keys() & names.values():
             return {names.get(name, name): value for name, value in row.items()}
@@ -30,7 +28,7 @@ def renamed(row: Any) -> Any:
 
 
 def has_history(row: Any) -> bool:
-    """Return whether a row has a system message, or turns before its own, in fields beside it."""
+    """Return whether a row has a system message, or turns before its own, in separate fields."""
     return isinstance(row, Mapping) and any(row.get(name) for name in BEFORE)
 
 
@@ -39,37 +37,39 @@ def _system(row: Mapping[str, Any]) -> Any:
 
 
 def with_history(row: Any) -> Any:
-    """Return a row of one task and answer as messages, with the turns before; others, and odd ones, as they are."""
+    """Return a row of one task and answer as messages, with the turns before; other and malformed rows unchanged."""
     if not isinstance(row, Mapping) or "messages" in row or "conversations" in row:
         return row
     pair = next((pair for pair in _PAIRS if all(isinstance(row.get(name), str) for name in pair)), None)
     system, material = _system(row), row.get("input") or row.get("context")
     turns = row.get("history") or []
-    odd = not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
-    if pair is None or odd or not all(isinstance(text, str | None) for text in (system, material)):
+    malformed = not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
+    if pair is None or malformed or not all(isinstance(text, str | None) for text in (system, material)):
         return row
     task = f"{row[pair[0]]}\n\n{material}" if material else row[pair[0]]
-    said = [*turns, [task, row[pair[1]]]]
-    messages = [{"role": role, "content": text} for turn in said for role, text in zip(_SPEAKERS, turn, strict=True)]
+    turns = [*turns, [task, row[pair[1]]]]
+    messages = [{"role": role, "content": text} for turn in turns for role, text in zip(_SPEAKERS, turn, strict=True)]
     return {**row, "messages": messages}
 
 
 def as_messages(row: Any) -> Any:
-    """Return conversational rows as messages, whether ShareGPT's, TRL's or OpenAI's; others as they are."""
+    """Return conversational rows as messages, whether ShareGPT's, TRL's or OpenAI's; other rows unchanged."""
     if not isinstance(row, Mapping):
         return row
-    said, prompt, completion = row.get("conversations"), row.get("prompt"), row.get("completion", row.get("response"))
-    if isinstance(said, list) and all(isinstance(one, Mapping) for one in said):
-        row = {**row, "messages": said}
+    turns, prompt, completion = row.get("conversations"), row.get("prompt"), row.get("completion", row.get("response"))
+    if isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns):
+        row = {**row, "messages": turns}
     elif None not in (prompt, completion) and (isinstance(prompt, list) or isinstance(completion, list)):
-        before, after = _turns(prompt, "user"), _turns(completion, "assistant")
+        before, after = _as_turns(prompt, "user"), _as_turns(completion, "assistant")
         row = {**row, "messages": [*before, *after], "learn_from": len(before)}
     if not isinstance(row.get("messages"), list):
         return row
-    messages, system, tools = [_message(one) for one in row["messages"]], _system(row), row.get("tools")
-    if isinstance(system, str) and system.strip() and not any(_role(one) == "system" for one in messages[:1]):
+    messages, system, tools = [_message(message) for message in row["messages"]], _system(row), row.get("tools")
+    has_system = bool(messages) and isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
+    if isinstance(system, str) and system.strip() and not has_system:
         messages.insert(0, {"role": "system", "content": system})
-        row = {**row, **({"learn_from": row["learn_from"] + 1} if isinstance(row.get("learn_from"), int) else {})}
+        if isinstance(row.get("learn_from"), int):
+            row = {**row, "learn_from": row["learn_from"] + 1}
     if isinstance(tools, str):
         with contextlib.suppress(ValueError):
             tools = json.loads(tools or "null")
@@ -77,31 +77,27 @@ def as_messages(row: Any) -> Any:
     return {**row, "messages": messages}
 
 
-def _turns(said: Any, role: str) -> list[Any]:
-    return said if isinstance(said, list) else [{"role": role, "content": said}]
+def _as_turns(turns: Any, role: str) -> list[Any]:
+    return turns if isinstance(turns, list) else [{"role": role, "content": turns}]
 
 
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, Mapping) else None
-
-
-def _message(one: Any) -> Any:
-    """Return a message under its usual names, with ShareGPT's roles renamed and parts of text put together."""
-    if not isinstance(one, Mapping):
-        return one
-    role, content = one.get("role", one.get("from")), one.get("content", one.get("value"))
+def _message(raw: Any) -> Any:
+    """Return a message under its usual names, with ShareGPT's roles renamed and parts of text joined."""
+    if not isinstance(raw, Mapping):
+        return raw
+    role, content = raw.get("role", raw.get("from")), raw.get("content", raw.get("value"))
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
         texts = [part.get("text") for part in content]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
     role = _ROLES.get(role, role) if isinstance(role, str) else role
-    given = {key: value for key, value in one.items() if key not in ("from", "value") and value not in (None, [])}
-    if isinstance(given.get("tool_calls"), list):
-        given["tool_calls"] = [_call(call) for call in given["tool_calls"]]
-    return {**given, "role": role, "content": content}
+    message = {key: value for key, value in raw.items() if key not in ("from", "value") and value not in (None, [])}
+    if isinstance(message.get("tool_calls"), list):
+        message["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+    return {**message, "role": role, "content": content}
 
 
-def _call(call: Any) -> Any:
-    """Return a tool call with its arguments as an object: templates would encode OpenAI's, JSON text, once more."""
+def _tool_call(call: Any) -> Any:
+    """Return a tool call with its arguments as an object: templates would encode OpenAI's JSON text once more."""
     try:
         arguments = json.loads(call["function"]["arguments"])
     except (KeyError, TypeError, ValueError):

@@ -46,10 +46,10 @@ def final_number(row: Mapping[str, Any]) -> str:
 
 def normal_number(text: str) -> str:
     """Return the first number in a text without currency, commas and padding zeros; the stripped text if none."""
-    found = _NUMBER.search(text.replace("$", "").replace("€", "").replace("£", ""))
-    if found is None:
+    match = _NUMBER.search(text.replace("$", "").replace("€", "").replace("£", ""))
+    if match is None:
         return text.strip()
-    number = Decimal(found.group().replace(",", ""))
+    number = Decimal(match.group().replace(",", ""))
     plain = f"{number:f}"
     return (plain.rstrip("0").rstrip(".") if "." in plain else plain) if number else "0"
 

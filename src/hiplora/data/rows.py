@@ -40,14 +40,14 @@ def _not_empty(text: str) -> str:
     return text
 
 
-def _says_something(messages: list[Any]) -> list[Any]:
-    said = [message for message in messages if message.role == "assistant" and message.weight]
-    if not said or not ((said[-1].content or "").strip() or said[-1].tool_calls):
+def _has_an_answer(messages: list[Any]) -> list[Any]:
+    answers = [message for message in messages if message.role == "assistant" and message.weight]
+    if not answers or not ((answers[-1].content or "").strip() or answers[-1].tool_calls):
         raise ValueError("no assistant message, or an empty one at the end: nothing to learn")
     return messages
 
 
-def _is_a_choice(answer: int, info: ValidationInfo) -> int:
+def _is_index_of_choice(answer: int, info: ValidationInfo) -> int:
     choices = info.data.get("choices", ())
     if not 0 <= answer < len(choices):
         raise ValueError(f"{answer} is not the index of a choice, 0 to {len(choices) - 1}")
@@ -77,7 +77,7 @@ Completion = (Text[0], Field(validation_alias=AliasChoices("completion", "respon
 # In the order in which "auto" tries them.
 FORMATS: dict[str, type[BaseModel]] = {
     "messages": _model(
-        messages=(Annotated[list[Message], AfterValidator(_says_something)], ...),  # type: ignore[valid-type]
+        messages=(Annotated[list[Message], AfterValidator(_has_an_answer)], ...),  # type: ignore[valid-type]
         tools=(list[dict[str, Any]] | None, None),
         system=(str | None, None),
         learn_from=(int, 0),
@@ -87,7 +87,7 @@ FORMATS: dict[str, type[BaseModel]] = {
     "multiple_choice": _model(
         question=Text,
         choices=(Choices, ...),
-        answer=(Annotated[int, AfterValidator(_is_a_choice)], ...),
+        answer=(Annotated[int, AfterValidator(_is_index_of_choice)], ...),
         context=Context,
     ),
     "question_answer": _model(question=Text, answer=Text, context=Context),
@@ -118,7 +118,7 @@ def hub_rows(name: str, config: str | None = None, split: str = "train", streami
         for number, row in enumerate(rows, start=1):
             readable = with_hint(row) if detect_format(row) == "multiple_choice" else row
             if readable is not None:
-                yield f"row {number}", _stated(readable)
+                yield f"row {number}", _without_nulls(readable)
     except (DatasetsError, OSError, ValueError) as error:
         what = f"no such file, and no data set on the hub that can be read ({first_line(error)})"
         raise DataError(f"{name}: {what}; correct the name, its configuration or split, or name a file") from error
@@ -157,24 +157,24 @@ def decoded(raw: bytes, path: str | Path, line: int = 1, lenient: bool = False) 
 
     A `lenient` reading marks such bytes instead, as half characters, which no row may have.
     """
-    if wide := _wide(raw[:64]):
-        raise DataError(f"{path}, line {line}: not UTF-8, it looks like {wide}; {_CONVERT.format(wide)}")
+    if encoding := _utf_16_or_32(raw[:64]):
+        raise DataError(f"{path}, line {line}: not UTF-8, it looks like {encoding}; {_CONVERT.format(encoding)}")
     try:
         return raw.decode("utf-8-sig", "surrogateescape" if lenient else "strict")
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
         what = f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x})"
         try:
-            raw.decode(looks := "WINDOWS-1252")
+            raw.decode("WINDOWS-1252")
         except UnicodeDecodeError:
             raise DataError(f"{what}, and no text that is known; write it again as UTF-8") from None
-        raise DataError(f"{what}, it looks like {looks}; {_CONVERT.format(looks)}") from None
+        raise DataError(f"{what}, it looks like WINDOWS-1252; {_CONVERT.format('WINDOWS-1252')}") from None
 
 
 _CONVERT = "convert it with `iconv -f {} -t UTF-8`"
 
 
-def _wide(head: bytes) -> str:
+def _utf_16_or_32(head: bytes) -> str:
     """Name UTF-16 or UTF-32 where a file begins with its byte-order mark, or has a zero in many of its first bytes."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
@@ -191,38 +191,41 @@ def check_rows(
 ) -> tuple[str, list[Row]]:
     """Check every row against a format; return the format ("auto": that of the first good row), and the rows.
 
-    Conversations of ShareGPT, TRL and LLaMA-Factory become messages, and fields get the names here. Raises DataError if
-    there are no rows, or with a list of those that do not fit; where `bad` takes these, they are left out.
+    Conversations of ShareGPT, TRL and LLaMA-Factory become messages, and fields get the project's names. Raises
+    DataError if there are no rows, or with a list of those that do not fit; where `bad` takes these, they are left out.
     """
     values: list[Row] = []
-    problems: list[str] = [] if bad is None else bad  # those that could not be read are there already, in order
-    named = [(place, value if format == "text" else renamed(value)) for place, value in rows]
-    told = format in ("auto", "messages") and any(has_history(value) for _, value in named)
-    for place, value in named:
+    problems: list[str] = [] if bad is None else bad
+    earlier = len(problems)  # of other files
+    candidates = [(place, value if format == "text" else renamed(value)) for place, value in rows]
+    conversations = format == "messages" or (format == "auto" and any(has_history(value) for _, value in candidates))
+    for place, value in candidates:
         where = f"{name}, {place}"
         try:
-            value = as_messages(with_history(value) if told else value)
-            own = _first_format(value) if format == "auto" else format
-            if own == "prompt_completion" and not values and isinstance(value, Mapping) and "learn_from" in value:
-                own = "messages"  # its prompts and completions are lists of messages
+            value = as_messages(with_history(value) if conversations else value)
+            row_format = _first_format(value) if format == "auto" else format
+            has_messages = isinstance(value, Mapping) and "learn_from" in value
+            if row_format == "prompt_completion" and has_messages and not values:
+                row_format = "messages"  # its prompts and completions are lists of messages
             if bad is None:
-                format = own
-            _check(value, own)
+                format = row_format
+            _check(value, row_format)
         except (ValueError, RecursionError) as error:
             problems.append(f"{where}: {error}")
             if format == "auto" and bad is None:
                 break
         else:
             values.append((where, value))
-            format = own
+            format = row_format
+    problems = problems[earlier:]
     if problems and (bad is None or not values):
-        shown = problems[:MAX_SHOWN]
+        lines = problems[:MAX_SHOWN]
         if len(problems) > MAX_SHOWN:
-            shown.append(f"{name}: … and {len(problems) - MAX_SHOWN} more")
+            lines.append(f"{name}: … and {len(problems) - MAX_SHOWN} more")
         if format != "auto":
             way = "fix the rows, set data.format, or leave them out with data.skip_bad_rows"
-            shown.append(f"rows of format {format} need {', '.join(NEEDED[format])}; {way}")
-        raise DataError("\n".join(shown))
+            lines.append(f"rows of format {format} need {', '.join(NEEDED[format])}; {way}")
+        raise DataError("\n".join(lines))
     if not values:
         raise DataError(f"{name}: has no rows; it must have at least one")
     return format, values
@@ -235,8 +238,8 @@ def _check(value: Any, format: str) -> None:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except ValidationError as error:
         missing = error.errors()[0]["type"] == "missing"
-        found = f" (found {', '.join(map(str, value)) or 'no fields'})" if missing else ""
-        raise ValueError(first_problem(error) + found) from None
+        fields = f" (found {', '.join(map(str, value)) or 'no fields'})" if missing else ""
+        raise ValueError(first_problem(error) + fields) from None
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         if "\udc80" <= half <= "\udcff":
@@ -251,15 +254,17 @@ def _check(value: Any, format: str) -> None:
         raise ValueError(f"{lost[0]} would be lost, which rows of format {format} lack; give the row as `messages`")
 
 
-def _stated(row: Any) -> Any:
+def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of a table without the fields of its structs that only other rows have."""
 
-    def full(value: Any) -> Any:
+    def without_nulls(value: Any) -> Any:
         if isinstance(value, list):
-            return [full(one) for one in value]
-        return {key: full(value[key]) for key in value if value[key] is not None} if isinstance(value, dict) else value
+            return [without_nulls(item) for item in value]
+        if isinstance(value, dict):
+            return {key: without_nulls(item) for key, item in value.items() if item is not None}
+        return value
 
-    return {key: full(value) for key, value in row.items()}
+    return {key: without_nulls(value) for key, value in row.items()}
 
 
 def detect_format(row: Any) -> str | None:
@@ -323,9 +328,11 @@ def _json(text: str, path: Path, bad: list[str] | None = None) -> Iterator[Row]:
 
 def _csv(text: str, path: Path, bad: list[str] | None = None) -> Iterator[Row]:
     header = re.sub('"[^"]*"', "", text.lstrip().partition("\n")[0])
-    delimiter = max(",;\t", key=header.count)  # Excel's is a semicolon where the comma is the decimal
+    # Excel's delimiter is a semicolon where the comma is the decimal; a single column has none to count.
+    delimiter = max("\t,;" if path.suffix == ".tsv" else ",;\t", key=header.count)
     csv.field_size_limit(2**31 - 1)  # a text may be long
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    # strict: else a quote that is not closed takes in the rows after it, and one inside a text is lost
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for row in reader:
             if not any(row.pop(None, ())):
@@ -336,7 +343,8 @@ def _csv(text: str, path: Path, bad: list[str] | None = None) -> Iterator[Row]:
                 raise DataError(f"{what}; put texts that have a {delimiter!r} in quotes")
             bad.append(what)
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}); write it again") from None
+        way = "put texts with quotes in quotes, and double those inside"
+        raise DataError(f"{path}, line {reader.line_num + 1}: not valid CSV ({error}); {way}") from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -347,4 +355,4 @@ def _parquet(path: Path) -> Iterator[Row]:
         rows = parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable parquet file ({error}); write it again") from None
-    yield from ((f"row {number}", _stated(row)) for number, row in enumerate(rows, start=1))
+    yield from ((f"row {number}", _without_nulls(row)) for number, row in enumerate(rows, start=1))

@@ -59,7 +59,7 @@ def overlap(texts: Mapping[str, str], training: Sequence[str]) -> dict[str, floa
 def calibration_rows(tokenizer: Any, source: str | Path, tokens: int, model: Any) -> "list[Tensor]":
     """Return up to `tokens` token ids of a text, in rows of 256 that begin as the tokenizer begins a text.
 
-    They are shorter where the model, which may be without weights, reads less.
+    Rows are shorter where the model, which may be without weights, reads less.
 
     `source` is a training file (by its suffix; prompt and response of each row), a data set on the hub (its train
     split, streamed), or else a plain text file; DataError says why it cannot be used.
@@ -96,10 +96,18 @@ def _hub_text(source: str, characters: int) -> str:
     rows, length = [], 0
     for place, row in hub_rows(name, config or None, streaming=True):
         rows.append((place, row))
-        length += sum(len(value) for value in row.values() if isinstance(value, str))
+        length += _characters(row)
         if length >= characters:
             break
     return "\n\n".join(example.whole for example in as_examples(*check_rows(rows, "auto", source)))
+
+
+def _characters(value: Any) -> int:
+    """Count the characters of all texts in a row, those of messages too."""
+    if isinstance(value, str):
+        return len(value)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return sum(map(_characters, parts))
 
 
 def _read(path: Path) -> str:

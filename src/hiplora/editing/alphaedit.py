@@ -24,7 +24,7 @@ from hiplora.spectral import MomentBasis
 from hiplora.tuner import input_bases
 
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")
-_ENOUGH = 5e-2  # mean negative log-likelihood of an answer, in nats, at which its search ends
+_TARGET_LOSS = 5e-2  # mean negative log-likelihood of an answer, in nats, at which its search ends
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -54,12 +54,12 @@ def null_space(basis: MomentBasis, threshold: float, name: str = "layer") -> Flo
     `basis` is of the second moment of the keys, a layer's inputs; `threshold` an absolute eigenvalue (AlphaEdit, Sect.
     3.1). FactorError if no direction is below it, or more are above it than eigenvectors were kept.
     """
-    n, held = basis.vectors.shape
+    n, kept = basis.vectors.shape
     above = int((basis.values >= threshold).sum())
-    if above >= n or above > held:
+    if above >= n or above > kept:
         raise FactorSettingError(
             f"layer {name}: {above} of {n} directions of its inputs are above the threshold {threshold}, at most "
-            f"{min(n - 1, held)} can be; raise threshold (the mean over the directions is {basis.values.mean():.2g})"
+            f"{min(n - 1, kept)} can be; raise threshold (the mean over the directions is {basis.values.mean():.2g})"
         )
     V = basis.vectors[:, :above].double()
     return torch.eye(n, dtype=torch.float64) - V @ V.T
@@ -93,17 +93,17 @@ class Located(NamedTuple):
 
 def locate(tokenizer: Any, subject: str, prompt: str, answer: str) -> Located:
     """Tokenize a prompt and its answer, and find the subject; DataError if the prompt does not contain it."""
-    places = [found.start() for found in re.finditer(re.escape(subject), prompt, re.IGNORECASE)] if subject else []
-    if not places:
+    starts = [match.start() for match in re.finditer(re.escape(subject), prompt, re.IGNORECASE)] if subject else []
+    if not starts:
         raise DataError(
             f"edit {prompt!r}: its subject {subject!r} is not in the prompt, where AlphaEdit looks for it; "
             "reword the prompt, or use another method"
         )
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError("the tokenizer gives no offsets of its tokens; AlphaEdit needs a fast one")
-    encoded, end = encode(tokenizer, prompt, f" {answer}"), places[-1] + len(subject)
-    spans = tokenizer(f"{prompt} {answer}", return_offsets_mapping=True)["offset_mapping"]
-    last = max(i for i, (a, b) in enumerate(spans[: len(encoded.ids)]) if a < end and b > a)
+    encoded, subject_end = encode(tokenizer, prompt, f" {answer}"), starts[-1] + len(subject)
+    offsets = tokenizer(f"{prompt} {answer}", return_offsets_mapping=True)["offset_mapping"][: len(encoded.ids)]
+    last = max(index for index, (start, end) in enumerate(offsets) if start < subject_end and end > start)
     return Located(encoded, list(encoded.ids[: last + 1]))
 
 
@@ -115,12 +115,12 @@ def subject_states(
     inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
     outputs: list[Tensor] = []
     with _output(model, block, lambda hidden: outputs.append(hidden[:, -1].float())), contextlib.ExitStack() as hooks:
-        for name, kept in inputs.items():
-            watch = functools.partial(lambda kept, _, args: kept.append(args[0][:, -1].float()), kept)
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(watch).remove)
+        for name, batches in inputs.items():
+            hook = functools.partial(lambda batches, _, args: batches.append(args[0][:, -1].float()), batches)
+            hooks.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
         for first in range(0, len(rows), BATCH_SIZE):
             _logits(model, rows[first : first + BATCH_SIZE])
-    return {name: torch.cat(kept).T for name, kept in inputs.items()}, torch.cat(outputs).T
+    return {name: torch.cat(batches).T for name, batches in inputs.items()}, torch.cat(outputs).T
 
 
 def search_value(
@@ -134,11 +134,11 @@ def search_value(
     require gradients. Source: ROME (Meng et al. 2022), Sect. 3.1.
     """
     examples = [item.encoded for item in prompts]
-    can_pad(model, (1, 2))  # tried now: no row may pass below but the prompts
-    places = [len(item.ids) - len(item.encoded.ids) - 1 for item in prompts]  # from the end: padding is on the left
+    can_pad(model, (1, 2))  # tried before the hooks: they must see no rows but the prompts
+    positions = [len(item.ids) - len(item.encoded.ids) - 1 for item in prompts]  # from the end: padding is on the left
 
     def log_probs() -> tuple[Tensor, Tensor]:  # the answers' mean, and of what follows the essence
-        with _output(model, block, lambda hidden: _shifted(hidden, shift, places)):
+        with _output(model, block, lambda hidden: _shifted(hidden, shift, positions)):
             answers = torch.stack([row.mean() for row in response_log_probs(model, examples)]).mean()
         with _output(model, block, lambda hidden: _shifted(hidden, shift, [-1])):
             return answers, _logits(model, [essence])[0].log_softmax(-1)
@@ -150,7 +150,7 @@ def search_value(
     for step in range(settings.value_steps):
         answers, now = log_probs()
         before = now.detach() if before is None else before
-        if -answers < _ENOUGH or step == settings.value_steps - 1:
+        if -answers < _TARGET_LOSS or step == settings.value_steps - 1:
             break
         divergence = (now.exp() * (now - before)).sum()
         decay = settings.value_decay * shift.norm() / start.norm() ** 2
@@ -162,11 +162,11 @@ def search_value(
     return start + shift.detach(), -answers.item()
 
 
-def _shifted(hidden: Tensor, shift: Tensor, places: Sequence[int]) -> Tensor:
+def _shifted(hidden: Tensor, shift: Tensor, positions: Sequence[int]) -> Tensor:
     """Add a shift to hidden states (rows, tokens, d), at one token of each row."""
-    moved = hidden.clone()
-    moved[range(len(places)), places] += shift.to(hidden.dtype)
-    return moved
+    shifted = hidden.clone()
+    shifted[range(len(positions)), positions] += shift.to(hidden.dtype)
+    return shifted
 
 
 @contextlib.contextmanager
@@ -210,22 +210,27 @@ class AlphaEditor(WeightEditor):
             name: null_space(basis, settings.threshold, name).to(self.weight(name).device)
             for name, basis in bases.items()
         }
-        self._texts = [""]  # what stands before a prompt: nothing, or what the model generates after common words
+        self._prefixes = [""]  # texts before a prompt: none, or what the model generates after common words
         for word in BEGINNINGS[: settings.prefixes]:
             (written,) = continuations(model, tokenizer, [word], settings.prefix_tokens)
-            self._texts.append(" ".join(f"{word}{written}".split()) + ". ")
+            self._prefixes.append(" ".join(f"{word}{written}".split()) + ". ")
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
         """Write some edits in together; returns each edit's last loss of the search, ranks and seconds.
 
-        DataError if an edit's subject does not stand in its prompt.
+        DataError if an edit's prompt lacks its subject.
         """
-        began, settings, find = time.perf_counter(), self._settings, self._tokenizer
-        prompts = [[locate(find, one.subject, text + one.prompt, one.new) for text in self._texts] for one in edits]
-        essences = [locate(find, edit.subject, f"{edit.subject} is", "a").ids for edit in edits]
-        asked = zip(prompts, essences, strict=True)
-        found = [search_value(self.model, self._block, group, essence, settings) for group, essence in asked]
-        values = torch.stack([value for value, _ in found], dim=1)
+        began, settings, tokenizer = time.perf_counter(), self._settings, self._tokenizer
+        prompts = [
+            [locate(tokenizer, edit.subject, prefix + edit.prompt, edit.new) for prefix in self._prefixes]
+            for edit in edits
+        ]
+        essences = [locate(tokenizer, edit.subject, f"{edit.subject} is", "a").ids for edit in edits]
+        searches = [
+            search_value(self.model, self._block, located, essence, settings)
+            for located, essence in zip(prompts, essences, strict=True)
+        ]
+        values = torch.stack([value for value, _ in searches], dim=1)
         for done, name in enumerate(self.modules):
             keys, outputs = self._states(prompts)
             missing = (values - outputs) / (len(self.modules) - done)
@@ -242,10 +247,10 @@ class AlphaEditor(WeightEditor):
         for name, K in keys.items():
             moment = K.double() @ K.double().T
             self._state[f"{name}.former"] = moment + self._state.get(f"{name}.former", 0)
-        left = (values - outputs).norm(dim=0) / values.norm(dim=0)
+        errors = (values - outputs).norm(dim=0) / values.norm(dim=0)
         return {
-            "search_loss": [loss for _, loss in found],
-            "value_error": left.tolist(),
+            "search_loss": [loss for _, loss in searches],
+            "value_error": errors.tolist(),
             "null_space_rank": {name: round(P.trace().item()) for name, P in self._projectors.items()},
             "seconds": time.perf_counter() - began,
         }
@@ -257,14 +262,14 @@ class AlphaEditor(WeightEditor):
     def _states(
         self, prompts: Sequence[list[Located]]
     ) -> tuple[dict[str, Float[Tensor, "n edits"]], Float[Tensor, "d edits"]]:
-        """Each edit's keys, half the bare prompt's and half the mean of the prefixed ones, and its current value."""
-        each = len(self._texts)
-        rows = [item.ids for group in prompts for item in group]
+        """Return each edit's keys, half the bare prompt's and half the mean of the prefixed ones, and current value."""
+        count = len(self._prefixes)
+        rows = [item.ids for located in prompts for item in located]
         inputs, outputs = subject_states(self.model, self.modules, self._block, rows)
-        share = torch.full((each,), 0.5 / max(each - 1, 1))
-        share[0] = 0.5 if each > 1 else 1.0
+        weights = torch.full((count,), 0.5 / max(count - 1, 1))
+        weights[0] = 0.5 if count > 1 else 1.0
         keys = {
-            name: torch.einsum("nep,p->ne", states.reshape(len(states), -1, each), share.to(states))
+            name: torch.einsum("nep,p->ne", states.reshape(len(states), -1, count), weights.to(states))
             for name, states in inputs.items()
         }
-        return keys, outputs[:, ::each]
+        return keys, outputs[:, ::count]

@@ -23,7 +23,7 @@ from hiplora.editing.edits import Edit
 from hiplora.spectral import MomentBasis
 from hiplora.tuner import GRADIENT_TOKENS, CalibrationText
 
-_LEAST = 1e-6  # of the largest singular value: what is left out of the factors that are saved
+_RANK_TOLERANCE = 1e-6  # of the largest singular value; smaller ones are left out of the saved factors
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -39,13 +39,13 @@ def protected_pairs(inputs: MomentBasis, outputs: MomentBasis, energy: float) ->
 
     p and q are the eigenvectors that are kept of the outputs and of the inputs.
     """
-    values = [basis.values.double().clamp(min=0) for basis in (outputs, inputs)]
-    products = torch.outer(*(v[: b.vectors.shape[1]] for v, b in zip(values, (outputs, inputs), strict=True)))
+    mu, lambdas = (basis.values.double().clamp(min=0) for basis in (outputs, inputs))
+    products = torch.outer(mu[: outputs.vectors.shape[1]], lambdas[: inputs.vectors.shape[1]])
     order = products.flatten().argsort(descending=True, stable=True)
     sizes = products.flatten()[order]
     before = sizes.cumsum(0) - sizes
     protected = torch.zeros(products.numel(), dtype=torch.bool)
-    protected[order[(sizes > 0) & (before < energy * values[0].sum() * values[1].sum())]] = True
+    protected[order[(sizes > 0) & (before < energy * mu.sum() * lambdas.sum())]] = True
     return protected.view_as(products)
 
 
@@ -86,26 +86,26 @@ class CrispEditor(WeightEditor):
         """Train the weights on some edits; returns what `train_edits` does, and the shares of pairs protected."""
         with contextlib.ExitStack() as stack:
             for name, masked in self._masked.items():
-                layer, so_far = self.model.get_submodule(name), self._state.get(f"{name}.update")
+                layer, previous = self.model.get_submodule(name), self._state.get(f"{name}.update")
                 self.weight(name).data = self.of_base(name)
-                masked.update.data = torch.zeros_like(masked.update) if so_far is None else so_far.clone()
+                masked.update.data = torch.zeros_like(masked.update) if previous is None else previous.clone()
                 parametrize.register_parametrization(layer, "weight", masked)
                 stack.callback(parametrize.remove_parametrizations, layer, "weight", leave_parametrized=False)
-            found = self._train(edits)
+            training = self._train(edits)
         for name, masked in self._masked.items():
             edited, update = masked(self.of_base(name)).detach(), masked.update.detach()
             self._state |= {f"{name}.weight": edited, f"{name}.update": update}
             self.weight(name).data = edited
         shares = {name: masked._pairs.mean().item() for name, masked in self._masked.items()}
-        return {**found, "protected_pairs": shares}
+        return {**training, "protected_pairs": shares}
 
     @torch.no_grad()
     def factors(self) -> dict[str, Pair]:
         """Return each layer's update as thin factors, of its numerical rank."""
-        found = {}
+        factors = {}
         for name, masked in self._masked.items():
             update = masked.masked(self._state[f"{name}.update"])
             U, sigma, Vt = torch.linalg.svd(update.double().cpu(), full_matrices=False)
-            q = int((sigma > _LEAST * sigma[0]).sum())
-            found[name] = balanced(U[:, :q], sigma[:q], Vt[:q].T)
-        return found
+            q = int((sigma > _RANK_TOLERANCE * sigma[0]).sum())
+            factors[name] = balanced(U[:, :q], sigma[:q], Vt[:q].T)
+        return factors

@@ -26,7 +26,7 @@ from hiplora.evaluation.likelihood import encode, response_log_probs
 from hiplora.tuner import model_fingerprint
 
 Adapt = Callable[[Any], PeftModel]
-_WRITTEN = 1e-5  # share of an update's norm that may be lost in writing
+_WRITE_TOLERANCE = 1e-5  # share of an update's norm that may be lost in writing
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -62,7 +62,7 @@ def train_edits(
     optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay)
     examples = [encode(tokenizer, edit.prompt, f" {edit.new}") for edit in edits]
     generator, size = torch.Generator().manual_seed(training.seed), min(training.batch_size, len(edits))
-    # A fresh permutation an epoch; batches go across the seam of two epochs.
+    # A new permutation each epoch; a batch may have edits of two epochs.
     order = (index for _ in itertools.count() for index in torch.randperm(len(edits), generator=generator).tolist())
     torch.manual_seed(training.seed)
     losses: list[float] = []
@@ -86,7 +86,7 @@ def train_edits(
 
 
 class Editor(ABC):
-    """A way to edit one model: `model`, as it is edited now; `teach` adds to what was taught before.
+    """A way to edit one model: `model` has the edits so far, and `teach` adds to them.
 
     The base's weights, gradient flags and modes are kept by reference: `close` puts them back and checks them.
     """
@@ -96,36 +96,36 @@ class Editor(ABC):
     def __init__(self, base: nn.Module):
         self._base = base
         self._modes = {module: module.training for module in base.modules()}
-        self._kept = {name: (p, p.data, p.requires_grad) for name, p in base.named_parameters()}
+        self._originals = {name: (p, p.data, p.requires_grad) for name, p in base.named_parameters()}
         self._fingerprint = model_fingerprint(base)
 
     @abstractmethod
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
-        """Put edits in; return what that took, for JSON: `seconds` and the method's own numbers."""
+        """Put edits in; return `seconds` and the method's own numbers, for JSON."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Return all that was taught, for `restore`."""
+        """Return the edits so far, for `restore`."""
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Be as an editor of the same settings was when its `state` was taken; an empty one takes back all."""
+        """Return to the `state` of an editor with the same settings; an empty one takes back all edits."""
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """Have the model answer as the base, bit for bit, inside the block."""
-        edited = [parameter.data for parameter, _, _ in self._kept.values()]
+        """Make the model answer as the base, bit for bit, inside the block."""
+        edited = [parameter.data for parameter, _, _ in self._originals.values()]
         try:
-            for parameter, values, _ in self._kept.values():
+            for parameter, values, _ in self._originals.values():
                 parameter.data = values
             yield
         finally:
-            for (parameter, _, _), values in zip(self._kept.values(), edited, strict=True):
+            for (parameter, _, _), values in zip(self._originals.values(), edited, strict=True):
                 parameter.data = values
 
     def close(self) -> None:
         """Leave the base as it was found; AdapterError if values of its weights changed in place."""
-        for parameter, values, gradient in self._kept.values():
+        for parameter, values, gradient in self._originals.values():
             parameter.data = values
             parameter.requires_grad_(gradient)
             parameter.grad = None
@@ -177,9 +177,9 @@ class AdapterEditor(Editor):
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class WeightEdits:
-    """What methods that edit weights share: the blocks whose `mlp.down_proj` is edited (None: `default_layers`).
+    """Settings of all methods that edit weights: the blocks whose `mlp.down_proj` is edited (None: `default_layers`).
 
-    What to preserve is measured on `calibration_tokens` of text that the model samples itself, by `seed`.
+    The directions to preserve are measured on `calibration_tokens` of text that the model samples itself, by `seed`.
     """
 
     title: ClassVar[str]
@@ -191,9 +191,9 @@ class WeightEdits:
 
     def modules(self, model: nn.Module) -> list[str]:
         """Return the edited modules' names, in order; ConfigError if it is no Llama, or has no block of an index."""
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        found = [name for name in names if re.search(r"\.\d+\.mlp\.down_proj$", name)]
-        depth = len(found)
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        projections = [name for name in linear if re.search(r"\.\d+\.mlp\.down_proj$", name)]
+        depth = len(projections)
         if depth < 2:
             raise ConfigError(
                 "the model has no blocks with a linear layer mlp.down_proj to edit; train an adapter instead"
@@ -204,7 +204,7 @@ class WeightEdits:
                 f"layers is {list(layers)}; expected rising indices from 0 to {depth - 2}: the model has "
                 f"{depth} blocks, and something must come after the last that is edited"
             )
-        return [found[index] for index in layers]
+        return [projections[index] for index in layers]
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
@@ -214,9 +214,9 @@ def default_layers(depth: int) -> tuple[int, ...]:
 
 
 class WeightEditor(Editor):
-    """Edits in the weights of a few layers, `modules`, themselves; ConfigError if the model has not those.
+    """Edits in the weights of a few layers, `modules`; ConfigError if the model lacks them.
 
-    `_state` has each edited `NAME.weight`, a tensor of its own, and what else a method needs to go on from there.
+    `_state` has each edited `NAME.weight`, a separate tensor, and what else a method needs to go on from it.
     """
 
     def __init__(self, model: Any, settings: WeightEdits):
@@ -227,11 +227,11 @@ class WeightEditor(Editor):
         model.eval().requires_grad_(False)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the edited weights, and what they were made of."""
+        """Return the edited weights, and what they were made from."""
         return dict(self._state)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Write the edits of a `state` in; without any, put the base's weights back."""
+        """Write the edits of a `state` in; an empty one puts the base's weights back."""
         self._state = {key: tensor.to(self.weight(key.rpartition(".")[0]).device) for key, tensor in state.items()}
         for name in self.modules:
             self.weight(name).data = self._state.get(f"{name}.weight", self.of_base(name))
@@ -246,7 +246,7 @@ class WeightEditor(Editor):
 
     def of_base(self, name: str) -> Tensor:
         """Return a module's weight as it was."""
-        return self._kept[f"{name}.weight"][1]
+        return self._originals[f"{name}.weight"][1]
 
     def save(self, folder: Path, base: str) -> None:
         """Write the edits so far as a plain LoRA adapter; `base` names the model.
@@ -258,4 +258,4 @@ class WeightEditor(Editor):
         update = AdapterUpdate(base, "lora", config, factors, source="the edits")
         folder.mkdir(parents=True, exist_ok=True)
         write_lora(update, folder)
-        refuse_over(compare_modules(update, read_update(folder)), _WRITTEN)
+        refuse_over(compare_modules(update, read_update(folder)), _WRITE_TOLERANCE)

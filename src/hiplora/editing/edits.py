@@ -71,9 +71,14 @@ class _OwnRow(BaseModel, extra="forbid", strict=True):
             raise ValueError(f"old and new are both {self.new!r}; an edit must change the answer")
         return self
 
+    def edit(self) -> Edit:
+        """Return the row's edit."""
+        values = self.model_dump(exclude={"set", "category"})
+        return Edit(**values, category=self.category or _category(self.new, self.old or ""))
+
 
 class _CounterFactRow(BaseModel, strict=True):
-    """A row of CounterFact or zsRE, or the part of one that is known; `relation` is a Wikidata property, if any."""
+    """The fields used of a row of CounterFact or zsRE; `relation` is a Wikidata property, if any."""
 
     prompt: Text
     target_new: Text
@@ -92,7 +97,7 @@ class _CounterFactRow(BaseModel, strict=True):
         return self
 
     def edit(self) -> Edit:
-        """Return the edit that the row is."""
+        """Return the row's edit."""
         return Edit(
             prompt=self.prompt,
             old=self.target_true,
@@ -109,9 +114,9 @@ def load_edits(
 ) -> list[Edit]:
     """Read edits from `"builtin"`, a file in the project's own format, or one of CounterFact or zsRE.
 
-    Built-in are over a thousand edits of the project's own, at least 300 a category, in mixed order; their subjects do
-    not occur in `load_questions`. Files are those of training data (JSON lines, a JSON list, parquet); edits of the own
-    format come set by set. Rows of CounterFact and zsRE whose two answers are the same, or that repeat a prompt, are
+    There are over a thousand built-in edits, at least 300 a category, in mixed order; their subjects do not occur in
+    `load_questions`. Files are those of training data (JSON lines, a JSON list, parquet); edits in the project's format
+    come set by set. Rows of CounterFact and zsRE whose two answers are the same, or that repeat a prompt, are
     left out. The first `limit` edits are taken, of one of the `CATEGORIES` alone if it is given.
 
     DataError, with file, line and remedy, if the file cannot be read, a row is not an edit, or there are too few.
@@ -119,23 +124,22 @@ def load_edits(
     rows = list(read_rows(DATA / "editset.jsonl" if str(source) == BUILT_IN else Path(source)))
     if not rows:
         raise DataError(f"{source}: has no edits; give one row an edit")
-    found: dict[str, Edit] = {}
+    by_prompt: dict[str, Edit] = {}
     if isinstance(rows[0][1], dict) and "target_new" in rows[0][1]:
-        for _, row in _checked(rows, source, _CounterFactRow):
-            if row.target_true != row.target_new:
-                found.setdefault(row.prompt, row.edit())
+        for _, fact in _checked(rows, source, _CounterFactRow):
+            if fact.target_true != fact.target_new:
+                by_prompt.setdefault(fact.prompt, fact.edit())
     else:
         checked = list(_checked(rows, source, _OwnRow))
-        sets = list(dict.fromkeys(own.set for _, own in checked))
-        for place, own in sorted(checked, key=lambda one: sets.index(one[1].set)):
-            if own.prompt in found:
-                raise DataError(f"{source}, {place}: prompt {own.prompt!r} is in an earlier row; keep one of the two")
-            given = own.model_dump(exclude={"set", "category"})
-            found[own.prompt] = Edit(**given, category=own.category or _category(own.new, own.old or ""))
-    edits = [edit for edit in found.values() if category in (None, edit.category)]
+        sets = list(dict.fromkeys(row.set for _, row in checked))
+        for place, row in sorted(checked, key=lambda placed: sets.index(placed[1].set)):
+            if row.prompt in by_prompt:
+                raise DataError(f"{source}, {place}: prompt {row.prompt!r} is in an earlier row; keep one of the two")
+            by_prompt[row.prompt] = row.edit()
+    edits = [edit for edit in by_prompt.values() if category in (None, edit.category)]
     if len(edits) < (limit or 1):
-        of_it = f" of the category {category}" if category else ""
-        raise DataError(f"{source}: has {len(edits)} edits{of_it}, {limit or 1} are asked for; lower the limit")
+        kind = f" of the category {category}" if category else ""
+        raise DataError(f"{source}: has {len(edits)} edits{kind}, {limit or 1} are asked for; lower the limit")
     return edits[:limit]
 
 
@@ -149,11 +153,11 @@ def _checked(rows: Iterable[Row], where: str | os.PathLike, kind: type[Kind]) ->
         try:
             yield place, kind.model_validate(row)
         except ValidationError as error:
-            needed = [name for name, field in kind.model_fields.items() if field.is_required()]
-            free = [name for name in kind.model_fields if name not in needed] or ["nothing else"]
+            required = [name for name, field in kind.model_fields.items() if field.is_required()]
+            optional = [name for name in kind.model_fields if name not in required]
             raise DataError(
-                f"{where}, {place}: {first_problem(error)}; an edit needs {', '.join(needed)}, and may have "
-                f"{', '.join(free)}"
+                f"{where}, {place}: {first_problem(error)}; an edit needs {', '.join(required)}, and may have "
+                f"{', '.join(optional)}"
             ) from None
 
 

@@ -60,14 +60,14 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class EditJob:
-    """What to edit and how. None is the default, which for steps and learning rate depends on the mode.
+    """What to edit and how. None is the default; those of steps and learning rate depend on the mode.
 
     `edits`, `limit` and `category` as in `load_edits`; `method` is a recipe's method, "alphaedit" or "crispedit",
     `method_settings` its settings; `mode` is "batch" (batches of `edits_per_batch` apart from each other; None is all
     in one), "sequential" (batch after batch on top of each other) or "single" (each edit alone; `sample` draws so
     many); `rows` are the edits of a training step; `questions` is how many unrelated questions measure the locality;
-    `neighbours` asks the questions near each edit, if the file has some. What follows from these raises a ConfigError
-    or DataError where it cannot be had.
+    `neighbours` asks the questions near each edit, if the file has some. The properties raise ConfigError or DataError
+    for settings and edits that cannot be used.
     """
 
     model: str
@@ -93,13 +93,14 @@ class EditJob:
         kind: Any = EDITORS.get(self.method) or METHODS.get(self.method)
         if kind is None:
             raise ConfigError(f"method is {self.method!r}; expected one of {', '.join([*METHODS, *EDITORS])}")
-        given = [name for name in ("steps", "lr", "rows") if getattr(self, name) is not None]
-        if kind is AlphaEdit and given:
+        of_training = [name for name in ("steps", "lr", "rows") if getattr(self, name) is not None]
+        if kind is AlphaEdit and of_training:
             raise ConfigError(
-                f"{given[0]} has no use with alphaedit, which does not train; set value_steps and the like"
+                f"{of_training[0]} has no use with alphaedit, which does not train; set value_steps and the like"
             )
         try:
-            return kind(**({"seed": self.seed} if self.method in EDITORS else {}) | self.method_settings)
+            seed = {"seed": self.seed} if self.method in EDITORS else {}
+            return kind(**seed | self.method_settings)
         except ValidationError as error:
             raise ConfigError(f"--set {first_problem(error)}; docs/reference/recipes.md lists the settings") from error
 
@@ -113,8 +114,8 @@ class EditJob:
     @functools.cached_property
     def facts(self) -> list[Edit]:
         """The edits."""
-        found = load_edits(self.edits, self.limit, category=self.category)
-        return [one if self.neighbours else replace(one, neighbours=()) for one in found]
+        edits = load_edits(self.edits, self.limit, category=self.category)
+        return edits if self.neighbours else [replace(edit, neighbours=()) for edit in edits]
 
     @functools.cached_property
     def groups(self) -> list[list[int]]:
@@ -134,44 +135,46 @@ class EditJob:
         method: Any = self.chosen_method
         if not isinstance(method, WeightEdits):
             method = functools.partial(put_on, method, tokenizer=tokenizer, seed=self.seed, start=start)
-        edited = {one.subject.casefold() for one in self.facts}
-        apart = [one for one in load_questions() if one.subject.casefold() not in edited][: self.questions]
+        edited = {edit.subject.casefold() for edit in self.facts}
+        unrelated = [question for question in load_questions() if question.subject.casefold() not in edited]
         more |= {"groups": self.groups, "sequential": self.mode == "sequential"}
-        found = run_edits(model, tokenizer, method, self.facts, self.training, apart, **more)
-        return {"mode": self.mode, "method": self.method, **found}
+        record = run_edits(model, tokenizer, method, self.facts, self.training, unrelated[: self.questions], **more)
+        return {"mode": self.mode, "method": self.method, **record}
 
 
 def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> Values:
-    """Do a job and return its record, which `out` gets as edit.json, with the adapters and report.html beside it.
+    """Run a job and return its record, which is written to `out` as edit.json, beside the adapters and report.html.
 
-    A batch, and a sequence of batches, leave `adapter`; several batches apart leave `adapter-001` and so on; edits
-    one by one leave none. What was interrupted goes on after the last finished batch. ConfigError if a setting does not
-    fit the method, the mode or the model, or `out` cannot be used; DataError if the edits cannot; AdapterError if
-    training diverged, or the base could not be restored.
+    A batch, and a sequence of batches, leave `adapter`; several separate batches leave `adapter-001` and so on; single
+    edits leave none. An interrupted job goes on after the last finished batch. ConfigError if a setting does not fit
+    the method, the mode or the model, or `out` cannot be used; DataError if the edits cannot; AdapterError if training
+    diverged, or the base could not be restored.
     """
-    from hiplora.editing.report import verdict, write_report  # what it needs is missed before the work begins
+    from hiplora.editing.report import verdict, write_report  # a missing library is reported before the work begins
 
     method, batches = job.chosen_method, len(job.groups)
-    settings = {**asdict(job), "edits_sha256": json_sha256([asdict(one) for one in job.facts])}
+    settings = {**asdict(job), "edits_sha256": json_sha256([asdict(edit) for edit in job.facts])}
     run = RunFolder(Path(out), "settings.json", "edit.json")
     run.check(settings, overwrite=overwrite, inputs={"the model": job.model, "the edits": job.edits})
     model, tokenizer = load_model(job.model, job.device)
-    start, apart = run.path / "stages" / "start", job.mode == "batch" and batches > 1
+    start, several = run.path / "stages" / "start", job.mode == "batch" and batches > 1
 
     def save(number: int, editor: Editor) -> None:
         if job.mode == "single" or (job.mode == "sequential" and number < batches):
             return
-        with staged_dir(run.path / (f"adapter-{number:03d}" if apart else "adapter"), overwrite=True) as folder:
+        with staged_dir(run.path / (f"adapter-{number:03d}" if several else "adapter"), overwrite=True) as folder:
             if isinstance(editor, WeightEditor):
                 editor.save(folder, job.model)
             else:
                 save_trained(method, editor.model, folder, start)  # type: ignore[arg-type]
             loading = f"This is {method.kind}; stock PEFT loads it without hiplora." if method.kind else OWN_FORMAT
-            told = {"base": hub_name(job.model), "count": len(job.facts), "title": method.title, "mode": job.mode}
-            (folder / "README.md").write_text(CARD.format(loading=loading, **told), encoding="utf-8")
+            card = CARD.format(
+                base=hub_name(job.model), count=len(job.facts), title=method.title, mode=job.mode, loading=loading
+            )
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
     with run.claimed(settings, overwrite=overwrite):
-        found = job.run(model, tokenizer, start, on_edited=save, folder=run, progress=True)
+        measured = job.run(model, tokenizer, start, on_edited=save, folder=run, progress=True)
         record = {
             "schema": 3,
             "kind": "edit",
@@ -179,7 +182,7 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> Values:
             "training": None if isinstance(method, AlphaEdit) else asdict(job.training),
             "edits_sha256": settings["edits_sha256"],
             "adapters": sorted(path.name for path in run.path.glob("adapter*")),
-            **found,
+            **measured,
             "provenance": provenance(seed=job.seed),
         }
         record["verdict"] = verdict(record)
@@ -232,38 +235,39 @@ def run_edits(
     else:
         editor = AdapterEditor(model, tokenizer, method, training, progress)
 
-    def measured(asked: Sequence[Edit], indices: Iterable[int]) -> Values:
-        records = measure.measure_edits(editor.model, tokenizer, {index: asked[index] for index in indices})
+    def measured(edits: Sequence[Edit], indices: Iterable[int]) -> Values:
+        records = measure.measure_edits(editor.model, tokenizer, {index: edits[index] for index in indices})
         answers = measure.ask(editor.model, tokenizer, questions, targets)
         return {"records": _columns(records), "answers": _columns(answers)}
 
     def bare() -> Values:
         with editor.off():
-            known = measure.with_old_answers(editor.model, tokenizer, edits)
-            return {"old": [edit.old for edit in known], **measured(known, itertools.chain(*groups))}
+            answered = measure.with_old_answers(editor.model, tokenizer, edits)
+            return {"old": [edit.old for edit in answered], **measured(answered, itertools.chain(*groups))}
 
     def teach(number: int) -> Values:
         if not sequential:
             editor.restore({})
         elif folder and number > 1:
-            editor.restore(_taught(folder, number - 1))
-        took = editor.teach([known[index] for index in groups[number - 1]])
-        found = {"took": took, **measured(known, itertools.chain(*groups[0 if sequential else number - 1 : number]))}
+            editor.restore(_stored_state(folder, number - 1))
+        took = editor.teach([answered[index] for index in groups[number - 1]])
+        taught = itertools.chain(*groups[0 if sequential else number - 1 : number])
+        stage = {"took": took, **measured(answered, taught)}
         if on_edited:
             on_edited(number, editor)
         if folder and sequential:
             state = {name: tensor.contiguous() for name, tensor in editor.state().items()}
-            save_file(state, _state(folder, number))
-        return found
+            save_file(state, _state_file(folder, number))
+        return stage
 
     stages: list[Values] = []
     try:
         before = keep("bare", bare)
-        known = [replace(edit, old=old) for edit, old in zip(edits, before["old"], strict=True)]
+        answered = [replace(edit, old=old) for edit, old in zip(edits, before["old"], strict=True)]
         for number in range(1, len(groups) + 1):
             stages.append(keep(f"group-{number:03d}", functools.partial(teach, number)))
             if folder:
-                _state(folder, number - 1).unlink(missing_ok=True)
+                _state_file(folder, number - 1).unlink(missing_ok=True)
     finally:
         editor.close()
     return _record(before, stages, groups, questions, sequential)
@@ -275,17 +279,17 @@ def edit_groups(count: int, size: int | None = None) -> list[list[int]]:
     return [list(range(first, min(first + size, count))) for first in range(0, count, size)]
 
 
-def _taught(folder: RunFolder, number: int) -> dict[str, Tensor]:
-    """Return what a sequence was after so many groups; ConfigError if its file is missing or damaged."""
+def _stored_state(folder: RunFolder, number: int) -> dict[str, Tensor]:
+    """Return the editor's state after so many groups of a sequence; ConfigError if its file is missing or damaged."""
     try:
-        return load_file(_state(folder, number))
+        return load_file(_state_file(folder, number))
     except (OSError, SafetensorError) as error:
         what = f"--out {folder.path}: cannot be carried on after batch {number} ({first_line(error)})"
         raise ConfigError(f"{what}; pass --overwrite to start anew") from error
 
 
-def _state(folder: RunFolder, number: int) -> Path:
-    """Where a sequence keeps what it was after so many groups."""
+def _state_file(folder: RunFolder, number: int) -> Path:
+    """Return the file with the editor's state after so many groups of a sequence."""
     return folder.path / "stages" / f"group-{number:03d}.safetensors"
 
 
@@ -303,35 +307,37 @@ def _record(
     questions: Sequence[Question],
     sequential: bool,
 ) -> Values:
-    """Summarise what the stages found."""
-    bare, asked = (pd.DataFrame(before[name]) for name in ("records", "answers"))
+    """Return the record of a run, with summaries of its stages."""
+    bare, bare_answers = (pd.DataFrame(before[name]) for name in ("records", "answers"))
     records, answers = ([pd.DataFrame(stage[name]) for stage in stages] for name in ("records", "answers"))
-    found = [
+    summaries = [
         {
             "taught": list(group),
             "took": {name: value for name, value in stage["took"].items() if name != "seconds"},
             "newest": measure.summarise(so_far[so_far["index"].isin(group)]),
             "so_far": measure.summarise(so_far),
             "records": stage["records"],
-            "locality": measure.summarise_locality(asked, now) if questions else None,
+            "locality": measure.summarise_locality(bare_answers, after) if questions else None,
         }
-        for group, stage, so_far, now in zip(groups, stages, records, answers, strict=True)
+        for group, stage, so_far, after in zip(groups, stages, records, answers, strict=True)
     ]
     last = slice(-1, None) if sequential else slice(None)  # the last stage of a sequence has all edits
     after = measure.summarise(pd.concat(records[last], ignore_index=True))
     summary: Values = {"before": measure.summarise(bare), "after": after}
-    told = None
+    columns = None
     if questions:
-        summary["locality"] = pd.DataFrame([one["locality"] for one in found[last]]).mean().to_dict()
-        same = [one.assign(written=one["written"] == asked["written"]).astype(float) for one in answers[last]]
-        mean = (sum(same) / len(same)).rename(columns={"written": "unchanged"})
-        columns = pd.concat([pd.DataFrame(map(asdict, questions)), asked.add_suffix("_before"), mean], axis=1)
-        told = columns.to_dict("list")
+        summary["locality"] = pd.DataFrame([stage["locality"] for stage in summaries[last]]).mean().to_dict()
+        numbers = [
+            table.assign(written=table["written"] == bare_answers["written"]).astype(float) for table in answers[last]
+        ]
+        mean = (sum(numbers) / len(numbers)).rename(columns={"written": "unchanged"})
+        parts = [pd.DataFrame(map(asdict, questions)), bare_answers.add_suffix("_before"), mean]
+        columns = pd.concat(parts, axis=1).to_dict("list")
     return {
         "edits": len(bare),
         "summary": summary,
         "before": before["records"],
-        "stages": found,
-        "questions": told,
+        "stages": summaries,
+        "questions": columns,
         "seconds": sum(stage["took"]["seconds"] for stage in stages),
     }

@@ -1,5 +1,6 @@
 """What a model says about edits, their neighbours and unrelated questions: success and locality (HiP-LoRA, C.4)."""
 
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -31,21 +32,22 @@ def evaluate_edits(
     1; `log_prob_new` and `log_prob_old`, sums over the answer's tokens in nats; `written`, the continuation.
     """
     prompts = [str(edit.paraphrase) if paraphrase else edit.prompt for edit in edits]
-    found = _answered(model, tokenizer, prompts, [edit.new for edit in edits], [str(edit.old) for edit in edits])
-    preferred = (found.log_prob > found.other_log_prob).astype(int)
-    found.insert(0, "preferred", preferred)
-    found.insert(0, "success", preferred | found.exact)
-    return found.rename(columns={"log_prob": "log_prob_new", "other_log_prob": "log_prob_old"})
+    table = _answered(model, tokenizer, prompts, [edit.new for edit in edits], [str(edit.old) for edit in edits])
+    preferred = (table.log_prob > table.other_log_prob).astype(int)
+    table.insert(0, "preferred", preferred)
+    table.insert(0, "success", preferred | table.exact)
+    return table.rename(columns={"log_prob": "log_prob_new", "other_log_prob": "log_prob_old"})
 
 
 def check_lengths(model: Any, tokenizer: Any, edits: Sequence[Edit]) -> None:
     """Raise DataError if the longest prompt and the longest answer, as asked together, exceed the model's context."""
     context = context_length(model) or tokenizer.model_max_length
-    near = [one for edit in edits for one in edit.neighbours]
+    neighbours = [question for edit in edits for question in edit.neighbours]
     prompts = [text or "" for edit in edits for text in (edit.prompt, edit.paraphrase)]
+    prompts += [question.prompt for question in neighbours]
     answers = [text or "" for edit in edits for text in (edit.new, edit.old)]
-    prompts, answers = prompts + [one.prompt for one in near], answers + [one.answer for one in near]
-    texts = [max(some, key=lambda text: len(text.encode())) for some in (prompts, answers)]
+    answers += [question.answer for question in neighbours]
+    texts = [max(candidates, key=lambda text: len(text.encode())) for candidates in (prompts, answers)]
     lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
     if sum(lengths) + EXTRA_TOKENS >= context:
         raise DataError(
@@ -56,17 +58,18 @@ def check_lengths(model: Any, tokenizer: Any, edits: Sequence[Edit]) -> None:
 
 def with_old_answers(model: nn.Module, tokenizer: Any, edits: Sequence[Edit]) -> list[Edit]:
     """Give edits without an old answer what the bare model writes in a line, of no more tokens than the new answer."""
-    bare = [edit for edit in edits if not edit.old]
-    sizes = [len(encode(tokenizer, edit.prompt, f" {edit.new}").scored) for edit in bare]
-    written = continuations(model, tokenizer, [edit.prompt for edit in bare], max(sizes, default=0) + EXTRA_TOKENS)
+    unanswered = [edit for edit in edits if not edit.old]
+    sizes = [len(encode(tokenizer, edit.prompt, f" {edit.new}").scored) for edit in unanswered]
+    room = max(sizes, default=0) + EXTRA_TOKENS
+    written = continuations(model, tokenizer, [edit.prompt for edit in unanswered], room)
     olds = []
-    for edit, size, text in zip(bare, sizes, written, strict=True):
+    for edit, size, text in zip(unanswered, sizes, written, strict=True):
         line = text.strip().partition("\n")[0] or "."
         whole = encode(tokenizer, edit.prompt, f" {line}")
         cut = tokenizer.decode(whole.ids[whole.scored[0] :][:size]).replace("\ufffd", "")  # within a character
         olds.append(cut.strip() or ".")
-    found = iter(olds)
-    return [edit if edit.old else replace(edit, old=next(found)) for edit in edits]
+    answers = iter(olds)
+    return [edit if edit.old else replace(edit, old=next(answers)) for edit in edits]
 
 
 def measure_edits(model: nn.Module, tokenizer: Any, edits: Mapping[int, Edit]) -> pd.DataFrame:
@@ -77,13 +80,13 @@ def measure_edits(model: nn.Module, tokenizer: Any, edits: Mapping[int, Edit]) -
     else 0.
     """
     chosen = list(edits.values())
-    near = [(one.prompt, answer) for edit in chosen for one in edit.neighbours for answer in (one.answer, edit.new)]
-    sums = iter(answer_log_probs(model, tokenizer, near))
-    named = pd.DataFrame({"index": list(edits), "category": [edit.category for edit in chosen]})
-    named["neighbours_kept"] = [[int(next(sums) > next(sums)) for _ in edit.neighbours] for edit in chosen]
-    worded = [place for place, edit in enumerate(chosen) if edit.paraphrase]
-    again = evaluate_edits(model, tokenizer, [chosen[place] for place in worded], paraphrase=True).set_axis(worded)
-    return pd.concat([named, evaluate_edits(model, tokenizer, chosen), again.add_prefix("paraphrase_")], axis=1)
+    pairs = [(q.prompt, answer) for edit in chosen for q in edit.neighbours for answer in (q.answer, edit.new)]
+    sums = iter(answer_log_probs(model, tokenizer, pairs))
+    table = pd.DataFrame({"index": list(edits), "category": [edit.category for edit in chosen]})
+    table["neighbours_kept"] = [[int(next(sums) > next(sums)) for _ in edit.neighbours] for edit in chosen]
+    rows = [row for row, edit in enumerate(chosen) if edit.paraphrase]
+    paraphrases = evaluate_edits(model, tokenizer, [chosen[row] for row in rows], paraphrase=True).set_axis(rows)
+    return pd.concat([table, evaluate_edits(model, tokenizer, chosen), paraphrases.add_prefix("paraphrase_")], axis=1)
 
 
 def summarise(records: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -94,22 +97,23 @@ def summarise(records: pd.DataFrame) -> dict[str, dict[str, float]]:
     """
     groups = {"all": records} | {name: records[records["category"] == name] for name in CATEGORIES}
     columns = [prefix + name for prefix in ("", "paraphrase_") for name in SHARES]
-    found = {}
+    summaries = {}
     for name, group in groups.items():
         if len(group):
-            near = pd.Series([sum(kept) / len(kept) for kept in group["neighbours_kept"] if kept], dtype=float)
-            means = group[columns].astype(float).mean().to_dict() | {"neighbours_kept": near.mean()}
-            found[name] = {"edits": len(group)} | {key: 100 * mean for key, mean in means.items() if mean == mean}
-    return found
+            kept = pd.Series([sum(row) / len(row) for row in group["neighbours_kept"] if row], dtype=float)
+            means = group[columns].astype(float).mean().to_dict() | {"neighbours_kept": kept.mean()}
+            shares = {key: 100 * mean for key, mean in means.items() if not math.isnan(mean)}
+            summaries[name] = {"edits": len(group)} | shares
+    return summaries
 
 
 def unrelated_targets(questions: Sequence[Question], edits: Sequence[Edit]) -> list[str]:
-    """Return for each question a new answer of an edit, each in turn, where it does not belong."""
-    found = []
+    """Return for each question the new answer of an edit, each in turn, that is not the question's answer."""
+    targets = []
     for index, question in enumerate(questions):
         news = [edit.new for edit in (*edits[index % len(edits) :], *edits)]
-        found.append(next((new for new in news if normalise(new) != normalise(question.answer)), edits[0].new))
-    return found
+        targets.append(next((new for new in news if normalise(new) != normalise(question.answer)), edits[0].new))
+    return targets
 
 
 def ask(model: nn.Module, tokenizer: Any, questions: Sequence[Question], targets: Sequence[str]) -> pd.DataFrame:
@@ -119,20 +123,20 @@ def ask(model: nn.Module, tokenizer: Any, questions: Sequence[Question], targets
     the true answer, `edited_log_prob` of the target, which does not belong there.
     """
     prompts, answers = [item.prompt for item in questions], [item.answer for item in questions]
-    found = _answered(model, tokenizer, prompts, answers, targets)
-    return found.rename(columns={"exact": "correct", "other_log_prob": "edited_log_prob"})
+    table = _answered(model, tokenizer, prompts, answers, targets)
+    return table.rename(columns={"exact": "correct", "other_log_prob": "edited_log_prob"})
 
 
 def _answered(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], right: Sequence[str], other: Sequence[str]
 ) -> pd.DataFrame:
-    """A row a prompt: whether the model writes the right answer (`exact`), and how likely it finds that and another."""
+    """Return a row a prompt: whether the model writes the right answer (`exact`), and log p of it and of another."""
     answers = [encode(tokenizer, prompt, f" {answer}") for prompt, answer in zip(prompts, right, strict=True)]
     room = max((len(answer.scored) for answer in answers), default=0) + EXTRA_TOKENS
     written, count = continuations(model, tokenizer, prompts, room), len(prompts)
     sums = answer_log_probs(model, tokenizer, list(zip([*prompts, *prompts], [*right, *other], strict=True)))
-    likely = {"log_prob": sums[:count], "other_log_prob": sums[count:]}
-    return pd.DataFrame({"exact": _right(written, right), **likely, "written": written})
+    log_probs = {"log_prob": sums[:count], "other_log_prob": sums[count:]}
+    return pd.DataFrame({"exact": _begins_with(written, right), **log_probs, "written": written})
 
 
 def summarise_locality(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, float | None]:
@@ -165,14 +169,14 @@ def answer_log_probs(model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation but a number's, no leading article, single spaces: the form that is compared."""
+    """Return the form to compare: lower case, no punctuation but a number's, no leading article, single spaces."""
     plain = re.sub(r"(?<=\d),(?=\d)", "", unicodedata.normalize("NFKC", text).casefold())
     words = re.sub(r"(?<!\d)\.|\.(?!\d)|(?<=\w)-|-(?!\d)|[^\w\s.-]|_", " ", plain).split()
     return " ".join(words[1:] if words and words[0] in ("the", "a", "an") else words)
 
 
-def _right(written: Sequence[str], answers: Sequence[str]) -> pd.Series:
-    """Whether each text begins with its answer, as whole words, 0 or 1."""
+def _begins_with(written: Sequence[str], answers: Sequence[str]) -> pd.Series:
+    """Return whether each text begins with its answer, as whole words, 0 or 1."""
     pairs = zip(written, answers, strict=True)
     begin = [f"{normalise(text)} ".startswith(f"{normalise(answer)} ") for text, answer in pairs]
     return pd.Series(begin, dtype=int)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hiplora.data.encoding import beginning
 from hiplora.errors import ConfigError, first_line
-from hiplora.evaluation.likelihood import by_length, can_pad, encode, eval_mode, pad_left
+from hiplora.evaluation.likelihood import by_length, can_pad, encode, eval_mode, pad_left, pad_token
 from hiplora.evaluation.mounting import BASE, mounted
 from hiplora.positions import position_limit
 
@@ -21,28 +22,30 @@ def continuations(
 ) -> list[str]:
     """Return what the model, in eval mode, writes greedily after each prompt: `length` tokens, or what has room.
 
-    ConfigError if a prompt fills the model's context, or is no text.
+    ConfigError if a prompt fills the model's context, is no text, or is empty where a text begins without a token.
     """
     from transformers import GenerationConfig
 
-    own: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # a chat model's end of turn
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])} - {None}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    turn_ends: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # of a chat model
+    ends = {tokenizer.eos_token_id, *(turn_ends if isinstance(turn_ends, (list, tuple)) else [turn_ends])} - {None}
+    pad = pad_token(tokenizer)
     greedy = GenerationConfig(
         max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends) or None
     )
     if broken := next((prompt for prompt in prompts if prompt != prompt.encode(errors="ignore").decode()), None):
         raise ConfigError(f"the prompt {broken[:40]!a} is not UTF-8, or has half a character; write it again")
+    if "" in prompts and not beginning(tokenizer):
+        raise ConfigError("a prompt is empty, and the model's tokenizer begins a text with no token; write a prompt")
     encoded = [encode(tokenizer, prompt, " x") for prompt in prompts]
-    rows = [one.ids[: one.scored[0]] for one in encoded]  # what an answer's likelihood is conditioned on
+    rows = [example.ids[: example.scored[0]] for example in encoded]  # what an answer's likelihood is conditioned on
     lengths, device = [len(row) for row in rows], next(model.parameters()).device
     context = position_limit(model) or max(lengths, default=0) + length
-    tight = [index for index, found in enumerate(lengths) if found + length > context]  # these alone are cut
-    free = [index for index, found in enumerate(lengths) if found + length <= context]
-    together = by_length([lengths[index] for index in free], batch_size if can_pad(model, lengths) else 1)
+    fitting = [index for index, prompt_length in enumerate(lengths) if prompt_length + length <= context]
+    cut_short = [index for index, prompt_length in enumerate(lengths) if prompt_length + length > context]
+    parts = by_length([lengths[index] for index in fitting], batch_size if can_pad(model, lengths) else 1)
     written: dict[int, str] = {}
     with eval_mode(model):
-        for batch in [*([free[place] for place in part] for part in together), *([index] for index in tight)]:
+        for batch in [*([fitting[place] for place in part] for part in parts), *([index] for index in cut_short)]:
             ids, mask, _ = (tensor.to(device) for tensor in pad_left([rows[index] for index in batch], pad))
             if (room := context - ids.shape[1]) < 1:
                 what = f"the prompt {prompts[batch[0]][:40]!r} has {ids.shape[1]} tokens with what came before it"
@@ -86,15 +89,15 @@ def side_by_side(
     """
     written = {}
     for name, folder in {BASE: None, **adapters}.items():
-        with mounted(model, folder) as present:
-            asked = prompts[name] if isinstance(prompts, Mapping) else prompts
-            written[name] = continuations(present, tokenizer, asked, length)
+        with mounted(model, folder) as adapted:
+            questions = prompts[name] if isinstance(prompts, Mapping) else prompts
+            written[name] = continuations(adapted, tokenizer, questions, length)
     return [dict(zip(written, row, strict=True)) for row in zip(*written.values(), strict=True)]
 
 
 def changes(base: str, other: str) -> list[tuple[str, bool]]:
     """Split `other` into runs of words, each with whether it differs from `base` there; joined, they are `other`."""
-    one, two = (re.findall(r"\s*\S+|\s+$", text) for text in (base, other))
-    matcher = difflib.SequenceMatcher(None, one, two, autojunk=False)
-    found = [("".join(two[start:end]), kind != "equal") for kind, _, _, start, end in matcher.get_opcodes()]
-    return [(text, changed) for text, changed in found if text]
+    base_words, words = (re.findall(r"\s*\S+|\s+$", text) for text in (base, other))
+    matcher = difflib.SequenceMatcher(None, base_words, words, autojunk=False)
+    runs = [("".join(words[start:end]), kind != "equal") for kind, _, _, start, end in matcher.get_opcodes()]
+    return [(text, changed) for text, changed in runs if text]

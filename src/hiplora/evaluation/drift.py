@@ -59,13 +59,13 @@ class BaseReference:
     ) -> "BaseReference":
         """Run the bare `model` over `texts`, cut as in `cut_windows`, but into windows no longer than its context."""
         reference = cls(cut_windows(tokenizer, texts, min(window, context_length(model) or window), max_tokens))
-        held = 0
+        kept_bytes = 0
         for name, parts in reference.windows.items():
             for index, ids in enumerate(parts):
                 log_probs = _log_probs(model, ids)
-                held += log_probs.nbytes
+                kept_bytes += log_probs.nbytes
                 # The first window of each text is always kept: the check that the base comes back needs it.
-                if index == 0 or held <= _KEPT:
+                if index == 0 or kept_bytes <= _KEPT:
                     reference.kept[name, index] = log_probs
         return reference
 
@@ -85,18 +85,19 @@ def measure_drift(
     """Measure how far `model`, with its adapter on, is from the base of `reference`, for each text.
 
     `adapter_off` is a context manager that restores the base (default: the model's own `disable_adapter`). AdapterError
-    if the logits are not the base's bit for bit with the adapter off, but for the rounding of experts that HiP-LoRA
-    adapts one by one, or (unless it `may_be_nothing`) are with it on.
+    if with the adapter off the logits are not the base's bit for bit, but for the rounding of experts that HiP-LoRA
+    adapts one by one, or if with it on they are (unless it `may_be_nothing`).
     """
     off: Callable = adapter_off or model.disable_adapter  # type: ignore[assignment]
     first, windows = next(iter(reference.windows.items()))
     with off():
         restored = _log_probs(model, windows[0])
     kept, bare = reference.kept, reference.kept[first, 0]
-    if not torch.equal(restored, bare) and any(isinstance(module, UnrolledExperts) for module in model.modules()):
-        kept = {}  # experts that run one by one round otherwise than at once, which is no drift
-        bare = restored if _sums(bare, restored, windows[0])[0] <= rounding(model) * len(bare) else bare
-    if not torch.equal(restored, bare):
+    same = torch.equal(restored, bare)
+    if not same and any(isinstance(module, UnrolledExperts) for module in model.modules()):
+        kept = {}  # experts round differently one by one and all at once, which is no drift
+        same = bool(_sums(bare, restored, windows[0])[0] <= rounding(model) * len(bare))
+    if not same:
         raise AdapterError(
             f"with the adapter off the model is not the base bit for bit (text {first!r}); "
             "the base weights were changed, or another base was loaded"
@@ -159,8 +160,8 @@ def _sums(base: Tensor, adapted: Tensor, ids: Tensor) -> Float[Tensor, " three"]
     """Return sums over positions, in fp64: KL(base‖adapted), increase in NLL, changes of the likeliest token."""
     target = ids[1:, None].to(base.device)
     sums = torch.zeros(3, dtype=torch.float64)
-    for p, q, to in zip(base.split(_CHUNK), adapted.split(_CHUNK), target.split(_CHUNK), strict=True):
+    for p, q, token in zip(base.split(_CHUNK), adapted.split(_CHUNK), target.split(_CHUNK), strict=True):
         sums[0] += torch.sum(p.exp() * (p - q), dtype=torch.float64).item()
-        sums[1] += (p.gather(1, to) - q.gather(1, to)).sum(dtype=torch.float64).item()
+        sums[1] += (p.gather(1, token) - q.gather(1, token)).sum(dtype=torch.float64).item()
         sums[2] += (p.argmax(-1) != q.argmax(-1)).sum().item()
     return sums

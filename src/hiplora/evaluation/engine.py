@@ -50,17 +50,17 @@ class TaskScores:
 class ScoringLM(HFLM):
     """lm-eval's Hugging Face model over a loaded one, plain or with an adapter; long rows go in smaller batches.
 
-    Whatever end token a tokenizer adds to a text is taken off, and tokenizers may lack one.
+    End tokens that a tokenizer adds to a text are removed; tokenizers without an end token work too.
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, batch_size: int = 8):
-        given = (getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
-        first = next((token for token in given if token is not None), None)
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix_token_id=first)
+        specials = (getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
+        prefix = next((token for token in specials if token is not None), None)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix_token_id=prefix)
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text; that of the padding, which is never written, where there is none."""
+        """The token that ends a text; where there is none, the padding token, which is never written."""
         end = self.tokenizer.eos_token_id
         return self.tokenizer.pad_token_id if end is None else end
 
@@ -82,17 +82,17 @@ class ScoringLM(HFLM):
 
     @contextlib.contextmanager
     def _batches_of(self, size: int) -> Iterator[None]:
-        whole: int = self.batch_size  # type: ignore[assignment]
+        previous: int = self.batch_size  # type: ignore[assignment]
         self.batch_size_per_gpu = size
         try:
             yield
         finally:
-            self.batch_size_per_gpu = whole
+            self.batch_size_per_gpu = previous
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokenize as lm-eval does; an answer that merges into its context, where lm-eval stops, is tokenized alone."""
-        given, answer = super()._encode_pair(context, continuation) if context else ([], [])
-        return given, answer or self.tok_encode(continuation, add_special_tokens=False)
+        prompt, answer = super()._encode_pair(context, continuation) if context else ([], [])
+        return prompt, answer or self.tok_encode(continuation, add_special_tokens=False)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:  # type: ignore[override]
         """Score rows of similar length together, as many at once as their logits leave memory for."""
@@ -103,25 +103,25 @@ class ScoringLM(HFLM):
                     f"{self.max_length}, the model's context: leave its row out"
                 )
         sizes = [min(len(context) + len(answer), self.max_length).bit_length() for _, context, answer in requests]
-        whole: int = self.batch_size  # type: ignore[assignment]
-        found: dict[int, Any] = {}
+        batch_size: int = self.batch_size  # type: ignore[assignment]
+        scores: dict[int, Any] = {}
         for bits in sorted(set(sizes)):
-            part = [place for place, size in enumerate(sizes) if size == bits]
+            indices = [index for index, size in enumerate(sizes) if size == bits]
             fitting = LOGITS_BYTES // (4 * self.vocab_size * min(1 << bits, self.max_length))
-            with self._batches_of(max(1, min(whole, fitting))):
-                scored = super()._loglikelihood_tokens([requests[i] for i in part], *args, **kwargs)
-            found |= zip(part, scored, strict=True)
-        return [found[i] for i in range(len(requests))]
+            with self._batches_of(max(1, min(batch_size, fitting))):
+                scored = super()._loglikelihood_tokens([requests[index] for index in indices], *args, **kwargs)
+            scores |= zip(indices, scored, strict=True)
+        return [scores[index] for index in range(len(requests))]
 
 
 class Engine:
     """A suite's tasks with their items chosen: every model sees the same items in the same order."""
 
     def __init__(self, suite: Suite, settings: EvalSettings, tokenizer: Any):
-        """Load the tasks' rows and draw the items; one's own rows are worded for the model with this tokenizer.
+        """Load the tasks' rows and draw the items; the user's own rows are worded for the model with this tokenizer.
 
-        ConfigError if lm-eval does not know a task, or code would run and that was not allowed; DataError if a task's
-        rows cannot be loaded.
+        ConfigError if lm-eval does not know a task, or would run code that was not allowed; DataError if a task's rows
+        cannot be loaded.
         """
         if suite.include and not settings.allow_suite_code:
             raise ConfigError(
@@ -137,25 +137,25 @@ class Engine:
         self._chosen: dict[str, list[int]] = {}
         for request in suite.tasks:
             count = len(self._tasks[request.name].eval_docs)
-            wanted = min(n for n in (request.limit, settings.limit, count) if n)
-            chosen = random.Random(f"{settings.seed}:{request.name}").sample(range(count), wanted)
+            size = min(n for n in (request.limit, settings.limit, count) if n)
+            chosen = random.Random(f"{settings.seed}:{request.name}").sample(range(count), size)
             self._chosen[request.name] = sorted(chosen)
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Return, per task, its title, its items' places in the data, and a hash of their contents."""
-        found = {}
+        """Return, per task, its title, the indices of its items in the data, and a hash of their contents."""
+        descriptions = {}
         for name, task in self._tasks.items():
             text = json.dumps([task.eval_docs[index] for index in self._chosen[name]], sort_keys=True, default=str)
-            found[name] = {
+            descriptions[name] = {
                 "title": str(_metadata(task).get("title", name)),
                 "items": self._chosen[name],
                 "of": len(task.eval_docs),
                 "sha256": hashlib.sha256(text.encode()).hexdigest(),
             }
-        return found
+        return descriptions
 
     def prompts(self) -> list[str]:
-        """Return a few contexts of the first task: what `check_adapters` runs on."""
+        """Return a few contexts of the first task, for `check_adapters`."""
         name, task = next(iter(self._tasks.items()))
         with _lm_eval():
             task.build_all_requests(samples=self._chosen[name])
@@ -178,18 +178,18 @@ class Engine:
         random.seed(self._settings.seed)
         with _lm_eval(progress):
             lm = ScoringLM(model, tokenizer, batch_size)
-            found = evaluate(
+            results = evaluate(
                 lm,
                 {"tasks": {key: self._tasks[name] for name, key in keys.items()}, "groups": {}},
                 samples={key: self._chosen[name] for name, key in keys.items()},
                 bootstrap_iters=0,
                 confirm_run_unsafe_code=self._settings.allow_code,
             )
-            return {name: _scores(self._tasks[name], found, key, lm) for name, key in keys.items()}
+            return {name: _scores(self._tasks[name], results, key, lm) for name, key in keys.items()}
 
 
 def foreign_tasks() -> frozenset[str]:
-    """Return the names of lm-eval's own tasks, without groups; it takes seconds."""
+    """Return the names of lm-eval's own tasks, without groups; takes seconds."""
     with _lm_eval():
         return frozenset(TaskManager().all_subtasks)
 
@@ -198,17 +198,17 @@ def _load_tasks(suite: Suite, data: Path | None, tokenizer: Any) -> dict[str, An
     if data is not None and not data.is_dir():
         raise DataError(f"--data {data}: no such folder")
     own = all(request.rows or request.lm_eval.startswith(PREFIX) for request in suite.tasks)
-    folder = {"data": str(data)} if data is not None else {}  # reaches the tasks' own loaders
+    metadata = {"data": str(data)} if data is not None else {}  # lm-eval passes it to the tasks' loaders
     tasks = {}
     with _lm_eval():
         paths = [str(TASKS), *map(str, suite.include)]
-        manager = TaskManager(include_path=paths, include_defaults=not own, metadata=folder)
+        manager = TaskManager(include_path=paths, include_defaults=not own, metadata=metadata)
         for request in suite.tasks:
             if request.rows is None:
                 _check_name(manager, request)
             try:
-                named: Any = own_task(request.lm_eval, request.rows, tokenizer) if request.rows else request.lm_eval
-                (tasks[request.name],) = manager.load([named])["tasks"].values()
+                task: Any = own_task(request.lm_eval, request.rows, tokenizer) if request.rows else request.lm_eval
+                (tasks[request.name],) = manager.load([task])["tasks"].values()
             except HipLoraError:
                 raise
             except Exception as error:  # whatever the task's own loader raises
@@ -219,7 +219,7 @@ def _load_tasks(suite: Suite, data: Path | None, tokenizer: Any) -> dict[str, An
 def _check_name(manager: TaskManager, request: TaskRequest) -> None:
     """Check that lm-eval knows a task, that it is not a group, and that it runs no code outside the sandbox.
 
-    Nothing that is named in the task's file is imported for that.
+    Imports no function that the task's file names.
     """
     name, key = request.name, request.lm_eval
     if key not in manager.all_tasks:
@@ -242,19 +242,22 @@ def _metadata(task: Any) -> Mapping[str, Any]:
     return task.config.metadata if isinstance(task.config.metadata, dict) else {}
 
 
-def _scores(task: Any, found: Mapping[str, Any], key: str, lm: ScoringLM) -> TaskScores:
-    """Read a task's scores off what lm-eval found, by the first of its filters."""
-    rows = sorted(found["samples"][key], key=lambda row: row["doc_id"])
+def _scores(task: Any, results: Mapping[str, Any], key: str, lm: ScoringLM) -> TaskScores:
+    """Return a task's scores from lm-eval's results, by the first of its filters."""
+    rows = sorted(results["samples"][key], key=lambda row: row["doc_id"])
     rows = [row for row in rows if row["filter"] == rows[0]["filter"]]
     form, likelihood = _likelihoods(task, rows, lm)
     # The task's score: the metric that it names, else the first with a value per item.
-    named, better, row = _metadata(task).get("score"), task.higher_is_better(), rows[0]
-    names = [named] if named else row["metrics"]
-    metric = next((one for one in names if isinstance(row.get(one), int | float) and better.get(one, True)), None)
+    score_name, higher_is_better, row = _metadata(task).get("score"), task.higher_is_better(), rows[0]
+    candidates = [score_name] if score_name else row["metrics"]
+    usable = (
+        name for name in candidates if isinstance(row.get(name), int | float) and higher_is_better.get(name, True)
+    )
+    metric = next(usable, None)
     others: dict[str, float] = {}
-    for result, value in found["results"][key].items():
-        other, _, filtered = result.partition(",")
-        reported = filtered == row["filter"] and not other.endswith("_stderr") and other != metric
+    for result, value in results["results"][key].items():
+        other, _, filter_name = result.partition(",")
+        reported = filter_name == row["filter"] and not other.endswith("_stderr") and other != metric
         if reported and isinstance(value, int | float):
             others[other] = float(value)
     score = None if metric is None else [100.0 * float(row[metric]) for row in rows]
@@ -277,26 +280,26 @@ def _likelihoods(task: Any, rows: Sequence[Mapping[str, Any]], lm: ScoringLM) ->
             targets = [row["target"][0] if isinstance(row["target"], (list, tuple)) else row["target"] for row in rows]
             delimiter = task.config.target_delimiter
             pairs = [(pair[0], f"{delimiter}{target}") for pair, target in zip(pairs, targets, strict=True)]
-            asked = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs]
-            scored = lm.loglikelihood(asked, disable_tqdm=True)
+            requests = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs]
+            scored = lm.loglikelihood(requests, disable_tqdm=True)
         totals, lengths = [total for total, _ in scored], [len(lm._encode_pair(*pair)[1]) for pair in pairs]
-    return form, [answer_likelihood(*one) for one in zip(totals, lengths, strict=True)]
+    return form, [answer_likelihood(total, length) for total, length in zip(totals, lengths, strict=True)]
 
 
 def _gold(task: Any, row: Mapping[str, Any]) -> float:
     gold = task.doc_to_text(row["doc"]) if task.multiple_input else row["target"]
     choices = task.doc_to_choice(row["doc"])
-    right = gold if isinstance(gold, (list, tuple)) else [gold]
-    places = [choices.index(one) if isinstance(one, str) else int(one) for one in right]
+    answers = gold if isinstance(gold, (list, tuple)) else [gold]
+    indices = [choices.index(answer) if isinstance(answer, str) else int(answer) for answer in answers]
     totals = [responses[0][0] for responses in row["resps"][: len(choices)]]
-    return sum(gold_probability(totals, place) for place in places)
+    return sum(gold_probability(totals, index) for index in indices)
 
 
 @contextlib.contextmanager
 def _lm_eval(progress: bool = False) -> Iterator[None]:
-    """Have lm-eval work inside: without its log, without its bars unless `progress` is asked for on a terminal.
+    """Silence lm-eval's log inside the block, and its bars but for `progress` on a terminal.
 
-    Metrics come from no folder of the working directory: `evaluate.load` prefers one, and would run what is in it.
+    Metrics are never read from the working directory: `evaluate.load` prefers a folder there, and would run its code.
     """
     load = metrics.load
 

@@ -49,8 +49,8 @@ class EvalSettings:
     @property
     def folder(self) -> Path | None:
         """Folder with the data, if there is one."""
-        named = self.data or os.environ.get("HIPLORA_DATA")
-        return Path(named) if named else None
+        folder = self.data or os.environ.get("HIPLORA_DATA")
+        return Path(folder) if folder else None
 
     def engine(self, suite: Suite, tokenizer: Any) -> "Engine":
         """Load the suite's tasks, for a model with this tokenizer."""
@@ -73,58 +73,61 @@ def evaluate(
     DataError if settings, suite, data or `out` cannot be used; AdapterError if an adapter has no effect, does not fit,
     or leaves the base changed. Nothing is scored or written then.
     """
-    named = name_adapters(adapters)
-    inputs: dict[str, Any] = {"the base model": model, **{f"adapter {name}": folder for name, folder in named.items()}}
+    folders = name_adapters(adapters)
+    inputs: dict[str, Any] = {
+        "the base model": model,
+        **{f"adapter {name}": folder for name, folder in folders.items()},
+    }
     path = check_output_file(out, overwrite, inputs=inputs)
-    scoring = Scoring("evaluation", model, named, read_suite(settings.suite, settings.folder), settings, path)
-    for name in (BASE, *named):
-        scoring.add(name, mounted(scoring.network, named.get(name)))
-    results = scoring.results((BASE, *named))
+    scoring = Scoring("evaluation", model, folders, read_suite(settings.suite, settings.folder), settings, path)
+    for name in (BASE, *folders):
+        scoring.add(name, mounted(scoring.network, folders.get(name)))
+    results = scoring.results((BASE, *folders))
     write_atomic(path, json.dumps(results, indent=1))
     scoring.store.remove()
     return results
 
 
 class Scoring:
-    """A base model with what is put on it, model by model scored on the same items; done scores are kept beside `out`.
+    """Scores a base model, and adapters on it, on the same items; finished scores are kept beside `out`.
 
-    `merge` is what else the scores depend on. AdapterError as of `evaluate`.
+    `merge` is what else the scores depend on. Raises AdapterError as `evaluate` does.
     """
 
     def __init__(
-        self, kind: str, model: str, named: Mapping[str, Path], suite: Suite, settings: EvalSettings, out: Path,
+        self, kind: str, model: str, adapters: Mapping[str, Path], suite: Suite, settings: EvalSettings, out: Path,
         **merge: Any,
     ):  # fmt: skip
         self.engine, self._batch = settings.engine(suite, load_tokenizer(model)), settings.batch_size
         self.network, self.tokenizer = load_model(model, settings.device)
-        self.check({name: mounted(self.network, folder) for name, folder in named.items()})
+        self.check({name: mounted(self.network, folder) for name, folder in adapters.items()})
         plan = {
             "kind": kind,
             "hiplora": __version__,
             "model": [model, folder_identity(model)],
-            "adapters": {name: folder_identity(folder) for name, folder in named.items()},
+            "adapters": {name: folder_identity(folder) for name, folder in adapters.items()},
             **merge,
             "tasks": self.engine.describe(),
             "seed": settings.seed,
         }
         self.store = Partial(out, plan)
-        self._told = {
+        self._header = {
             "schema": 1,
             "kind": kind,
             "model": model,
             "suite": suite.name,
             "limit": settings.limit,
             "seed": settings.seed,
-            "adapters": {name: str(folder) for name, folder in named.items()},
+            "adapters": {name: str(folder) for name, folder in adapters.items()},
             "provenance": provenance(plan_sha256=json_sha256(plan)),
         }
 
     def check(self, puts: Mapping[str, AbstractContextManager[Any]]) -> None:
-        """Check that what is put on the base acts, and comes off again."""
+        """Check that each adapter acts on the base, and comes off again."""
         check_adapters(self.network, self.tokenizer, self.engine.prompts(), puts)
 
     def add(self, name: str, put: AbstractContextManager[Any], tasks: Sequence[str] | None = None) -> None:
-        """Score what `put` puts on the base, on all tasks or some, unless its scores are known."""
+        """Score the base with what `put` puts on it, on all tasks or some, unless its scores are stored."""
         if name not in self.store.runs:
             with put as scored:
                 scores = self.engine.score(scored, self.tokenizer, self._batch, tasks, progress=True)
@@ -132,7 +135,7 @@ class Scoring:
 
     def results(self, names: Iterable[str]) -> dict[str, Any]:
         """Return the results file of these models; an unfinished call may have scored others."""
-        return self._told | collect(self.engine.describe(), {name: self.store.runs[name] for name in names})
+        return self._header | collect(self.engine.describe(), {name: self.store.runs[name] for name in names})
 
 
 class Partial:
@@ -140,12 +143,12 @@ class Partial:
 
     def __init__(self, out: Path, plan: Mapping[str, Any]):
         self._path, self._plan = out.with_name(f".{out.name}.partial"), json_sha256(dict(plan))
-        found = read_state(self._path) or {}
-        self.runs: dict[str, dict[str, Any]] = found["runs"] if found.get("plan") == self._plan else {}
+        state = read_state(self._path) or {}
+        self.runs: dict[str, dict[str, Any]] = state["runs"] if state.get("plan") == self._plan else {}
 
     def add(self, name: str, scores: "Mapping[str, TaskScores]") -> None:
         """Keep a model's scores."""
-        self.runs[name] = {task: asdict(found) for task, found in scores.items()}
+        self.runs[name] = {task: asdict(score) for task, score in scores.items()}
         write_state(self._path, {"plan": self._plan, "runs": self.runs})
 
     def remove(self) -> None:
@@ -159,45 +162,45 @@ def collect(tasks: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Mapping[s
     `runs[name][task]` has, for `score` and `likelihood`, the mean with its interval and the value of every item;
     `differences[task][form]` compares every two models on the items that both saw: `verdict` is "kept" if the score
     fell by less than a point, "lost" if it fell, "cannot tell" else. Intervals are 95 %, from the paired bootstrap over
-    items (where all items agree, see `_wide`); p is the sign-flip test's.
+    items (where all items agree, see `_widened`); p is the sign-flip test's.
     """
-    found: dict[str, Any] = {
+    sections: dict[str, Any] = {
         "tasks": {},
         "runs": {name: {} for name in runs},
         "differences": {task: {} for task in tasks},
     }
-    for task, described in tasks.items():
+    for task, description in tasks.items():
         scored = {name: run[task] for name, run in runs.items() if task in run}
         for name, run in scored.items():
-            found["tasks"][task] = {**described, "metrics": {"score": run["metric"], "likelihood": run["form"]}}
-            found["runs"][name][task] = {"others": run["others"]} if run["others"] else {}
+            sections["tasks"][task] = {**description, "metrics": {"score": run["metric"], "likelihood": run["form"]}}
+            sections["runs"][name][task] = {"others": run["others"]} if run["others"] else {}
         for form in FORMS:
             values = {name: run[form] for name, run in scored.items()}
             if None in values.values():
                 continue
             result = paired_bootstrap({name: [items] for name, items in values.items()})
             for name, items in values.items():
-                found["runs"][name][task][form] = {**_wide(result.mean[name], items, 0.0), "items": items}
-            rows = found["differences"][task][form] = []
-            for other, one in itertools.combinations(values, 2):
-                apart = _wide(result.difference[one, other], np.subtract(values[one], values[other]), -100.0)
-                verdict = "kept" if apart["low"] > -MARGIN else "lost" if apart["high"] < 0 else "cannot tell"
-                p = sign_flip_p_value([values[one]], [values[other]])
-                rows.append({"of": one, "against": other, **apart, "verdict": verdict, "p": p})
-    return found
+                sections["runs"][name][task][form] = {**_widened(result.mean[name], items, 0.0), "items": items}
+            rows = sections["differences"][task][form] = []
+            for against, of in itertools.combinations(values, 2):
+                change = _widened(result.difference[of, against], np.subtract(values[of], values[against]), -100.0)
+                verdict = "kept" if change["low"] > -MARGIN else "lost" if change["high"] < 0 else "cannot tell"
+                p = sign_flip_p_value([values[of]], [values[against]])
+                rows.append({"of": of, "against": against, **change, "verdict": verdict, "p": p})
+    return sections
 
 
-def _wide(found: Interval, items: Sequence[float], least: float) -> dict[str, float]:
-    """Return an interval; one of no width is widened to what items between `least` and 100 may still do.
+def _widened(interval: Interval, items: Sequence[float], least: float) -> dict[str, float]:
+    """Return an interval; one of no width is widened by what unseen items between `least` and 100 may add.
 
-    Where all n items agree the bootstrap has nothing to draw from. With 97.5 % confidence, at most 1 − 0.025^(1/n) of
-    all items differ from them: they may lie at either end.
+    Where all n items agree, every bootstrap sample is the same. With 97.5 % confidence, at most 1 − 0.025^(1/n) of all
+    items differ from them, and may lie at either end.
     """
-    low, high = found.low, found.high
+    low, high = interval.low, interval.high
     if low == high:
         unseen = 1 - 0.025 ** (1 / len(items))
         low, high = low - (low - least) * unseen, high + (100.0 - high) * unseen
-    return {"estimate": found.estimate, "low": low, "high": high}
+    return {"estimate": interval.estimate, "low": low, "high": high}
 
 
 def judge(
@@ -210,11 +213,11 @@ def judge(
     or does not: its estimate is 0 or 1, and `share` is the share of replicates in which it fails.
     """
     draws: list[tuple[dict[str, Any], dict[str, Any]]] = [({}, {}) for _ in merges]
-    for place, task in enumerate(dict.fromkeys(task for before, _ in merges for task in before)):
-        having = [index for index, (before, _) in enumerate(merges) if task in before]
-        sides = [side[task] for index in having for side in merges[index]]
-        means = resampled_means(np.transpose(sides), seed=[seed, place]).T
-        for index, before, after in zip(having, means[::2], means[1::2], strict=True):
+    for number, task in enumerate(dict.fromkeys(task for before, _ in merges for task in before)):
+        indices = [index for index, (before, _) in enumerate(merges) if task in before]
+        sides = [side[task] for index in indices for side in merges[index]]
+        means = resampled_means(np.transpose(sides), seed=[seed, number]).T
+        for index, before, after in zip(indices, means[::2], means[1::2], strict=True):
             draws[index][0][task], draws[index][1][task] = before, after
     failing = {}
     for tau in DEFAULT_TAUS:

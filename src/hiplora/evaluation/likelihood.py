@@ -44,9 +44,11 @@ def encode(tokenizer: Any, prompt: str, response: str) -> Encoded:
     No end-of-text token is added: the response need not be all that follows. DataError if the response adds no token,
     or there is nothing before it.
     """
-    whole, given = (without_end(tokenizer, text, tokenizer(text)["input_ids"]) for text in (prompt + response, prompt))
-    common = min(len(whole), len(given))
-    start = next((i for i in range(common) if whole[i] != given[i]), common)
+    whole, context = (
+        without_end(tokenizer, text, tokenizer(text)["input_ids"]) for text in (prompt + response, prompt)
+    )
+    common = min(len(whole), len(context))
+    start = next((i for i in range(common) if whole[i] != context[i]), common)
     return Encoded(tuple(whole), tuple([IGNORED] * start + whole[start:]))
 
 
@@ -69,11 +71,12 @@ def response_log_probs(model: nn.Module, batch: Sequence[Encoded]) -> list[Float
     ids, mask, positions = (tensor.to(device) for tensor in pad_left([example.ids for example in batch]))
     keep = max(len(example.ids) - example.scored[0] for example in batch) + 1
     output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep)
-    found = []
+    rows = []
     for example, logits, tokens in zip(batch, output.logits[:, -keep:-1], ids[:, -keep + 1 :], strict=True):
-        at = torch.tensor(example.scored, device=device) - (len(example.ids) - keep + 1)  # the first column's token
-        found.append(logits[at].float().log_softmax(-1).gather(1, tokens[at, None]).squeeze(1))
-    return found
+        first = len(example.ids) - keep + 1  # the token of the first column
+        columns = torch.tensor(example.scored, device=device) - first
+        rows.append(logits[columns].float().log_softmax(-1).gather(1, tokens[columns, None]).squeeze(1))
+    return rows
 
 
 @torch.no_grad()
@@ -81,14 +84,14 @@ def score_responses(
     model: nn.Module, examples: Sequence[Encoded], batch_size: int = 8
 ) -> list[Float[Tensor, " scored"]]:
     """Return `response_log_probs` of any number of examples, in their order, in eval mode."""
-    found: dict[int, Tensor] = {}
+    scores: dict[int, Tensor] = {}
     lengths = [len(example.ids) for example in examples]
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
     batch_size = max(1, min(batch_size, LOGITS_BYTES // (4 * vocabulary * max(lengths, default=1))))
     with eval_mode(model):
         for batch in by_length(lengths, batch_size):
-            found |= zip(batch, response_log_probs(model, [examples[index] for index in batch]), strict=True)
-    return [found[index] for index in range(len(examples))]
+            scores |= zip(batch, response_log_probs(model, [examples[index] for index in batch]), strict=True)
+    return [scores[index] for index in range(len(examples))]
 
 
 def heldout_loss(model: nn.Module, examples: Sequence[Encoded], batch_size: int = 8) -> float:
@@ -103,9 +106,9 @@ _CAN_PAD: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 @torch.no_grad()
 def can_pad(model: nn.Module, lengths: Sequence[int]) -> bool:
-    """Return whether rows of these lengths may share a batch: they are as long, or the model does not read its padding.
+    """Return whether rows of these lengths may share a batch: of one length, or of a model that ignores padding.
 
-    Recurrent layers may leave the mask out; what the padding is then changes what follows.
+    Recurrent layers may ignore the mask; the padding then changes what follows it.
     """
     if len({*lengths}) < 2:
         return True
@@ -115,12 +118,12 @@ def can_pad(model: nn.Module, lengths: Sequence[int]) -> bool:
         ids, mask, positions = pad_left([row[:8], row[:8], row])
         ids[1, :8] = vocabulary - 1
         first = next(model.parameters())
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         with eval_mode(model):
-            output = model(**{name: one.to(first.device) for name, one in given.items()}, use_cache=False)
-        one, two, _ = output.logits[:, 8:].float()
-        close = 1e-3 if first.dtype == torch.float32 else 2e-2
-        _CAN_PAD[model] = bool((one - two).abs().max() <= close * one.abs().max())
+            output = model(**{name: tensor.to(first.device) for name, tensor in inputs.items()}, use_cache=False)
+        zeros, others, _ = output.logits[:, 8:].float()  # after a padding of zeros, and of other tokens
+        tolerance = 1e-3 if first.dtype == torch.float32 else 2e-2
+        _CAN_PAD[model] = bool((zeros - others).abs().max() <= tolerance * zeros.abs().max())
     return _CAN_PAD[model]
 
 
@@ -130,6 +133,11 @@ def pad_left(rows: Sequence[Sequence[int]], token: int = 0) -> tuple[Tensor, Ten
     ids = torch.tensor([[token] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """Return the token to pad with: the tokenizer's, else the one that ends a text, else 0."""
+    return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -1,4 +1,4 @@
-"""A base model and what is put on it for a while: adapters and updates, with proof that they act and come off again."""
+"""Adapters and updates put on a base model for a while, with checks that they act and come off again."""
 
 import contextlib
 import os
@@ -18,14 +18,14 @@ from hiplora.positions import within_context
 from hiplora.tuner import keep_unpacked
 from hiplora.tuner.experts import unrolled
 
-BASE = "base"  # the base model's name in results, which no adapter gets
+BASE = "base"  # the base model's name in results, which no adapter may have
 
 
 def load_model(model: str, device: str = "auto") -> tuple[Any, Any]:
-    """Load a model and its tokenizer for measuring: on a device and in a precision as `measuring_place`.
+    """Load a model and its tokenizer for measuring, with the device and precision of `measuring_place`.
 
-    Its weights take no gradients, which is how PEFT leaves a base that an adapter was removed from: products round
-    differently with and without them, and the base must score the same before and after.
+    Its weights take no gradients, as PEFT leaves a base after removing an adapter: products round differently with and
+    without gradients, and the base must score the same before and after.
     """
     from hiplora.devices import measuring_place
     from hiplora.models import load
@@ -37,14 +37,14 @@ def load_model(model: str, device: str = "auto") -> tuple[Any, Any]:
 
 
 def name_adapters(adapters: Sequence[str | os.PathLike]) -> dict[str, Path]:
-    """Return name → folder of adapters given as FOLDER or NAME=FOLDER; a folder is called by its own name.
+    """Return name → folder of adapters given as FOLDER or NAME=FOLDER; the name is by default the folder's.
 
     ConfigError if a name is taken, or a folder holds no adapter.
     """
-    named: dict[str, Path] = {}
-    for given in adapters:
-        folder = Path(given)
-        name, equals, rest = os.fspath(given).partition("=")
+    folders: dict[str, Path] = {}
+    for adapter in adapters:
+        folder = Path(adapter)
+        name, equals, rest = os.fspath(adapter).partition("=")
         if equals and not folder.exists():
             folder = Path(rest)
         else:
@@ -52,17 +52,17 @@ def name_adapters(adapters: Sequence[str | os.PathLike]) -> dict[str, Path]:
         if not (folder / "adapter_config.json").is_file():
             what = "holds no adapter_config.json" if folder.is_dir() else "no such folder"
             raise ConfigError(f"adapter {folder}: {what}; expected an adapter folder, or NAME=FOLDER")
-        if name in {BASE, *named}:
-            raise ConfigError(f"adapter {given}: the name {name!r} is taken; give it another, as NAME=FOLDER")
-        named[name] = folder
-    return named
+        if name in {BASE, *folders}:
+            raise ConfigError(f"adapter {adapter}: the name {name!r} is taken; give it another, as NAME=FOLDER")
+        folders[name] = folder
+    return folders
 
 
 @contextlib.contextmanager
 def mounted(model: nn.Module, folder: str | Path | None) -> Iterator[Any]:
-    """Put an adapter on a bare model inside the block, as `attached`; None yields the bare model.
+    """Put an adapter on a bare model inside the block, as `attached` does; None yields the bare model.
 
-    AdapterError also if the model cannot read plain text with it.
+    AdapterError also if the model cannot read plain text with the adapter.
     """
     if folder is None:
         yield model
@@ -71,7 +71,7 @@ def mounted(model: nn.Module, folder: str | Path | None) -> Iterator[Any]:
         try:
             with torch.no_grad():
                 adapted(input_ids=torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device))
-        except Exception as error:  # of a method that needs more than text, as Poly its task, or of damaged tensors
+        except Exception as error:  # a method that needs more than text, as Poly its task, or damaged tensors
             kind = getattr(adapted.peft_type, "value", adapted.peft_type)
             what = f"{kind} fails on plain text ({first_line(error)})"
             raise AdapterError(f"{folder}: {what}; it cannot be measured") from error
@@ -114,44 +114,44 @@ def _changed(model: nn.Module, update: AdapterUpdate) -> dict[str, nn.Parameter]
 
 
 def unfit_extras(model: nn.Module, update: AdapterUpdate) -> list[str]:
-    """Return the parameters that an update replaces whole and that the model has not, or in another shape."""
-    own = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
-    return [name for name, tensor in update.extras.items() if own.get(name) != tensor.shape]
+    """Return the parameters that an update replaces whole and that the model lacks, or has in another shape."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return [name for name, tensor in update.extras.items() if shapes.get(name) != tensor.shape]
 
 
 @contextlib.contextmanager
 def holding(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Use these very parameters inside the block, by name; restore the model's own on exit."""
 
-    def put(chosen: Mapping[str, nn.Parameter]) -> None:
-        for name, parameter in chosen.items():
+    def put(replacements: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in replacements.items():
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, parameter)
 
-    own = {name: model.get_parameter(name) for name in parameters}
+    originals = {name: model.get_parameter(name) for name in parameters}
     try:
         put(parameters)
         yield
     finally:
-        put(own)
+        put(originals)
 
 
 @torch.no_grad()
 def probe(network: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     """Return the logits (fp32, on the CPU) at the first 64 tokens of each prompt: (tokens, vocabulary)."""
-    found, length = [], within_context(64, network)
+    logits, length = [], within_context(64, network)
     for prompt in prompts:
         ids = tokenizer(prompt or tokenizer.eos_token or " ", return_tensors="pt")["input_ids"][:, :length]
-        found.append(network(input_ids=ids.to(network.device), use_cache=False).logits[0].float().cpu())
-    return torch.cat(found)
+        logits.append(network(input_ids=ids.to(network.device), use_cache=False).logits[0].float().cpu())
+    return torch.cat(logits)
 
 
 def check_adapters(
     network: Any, tokenizer: Any, prompts: Sequence[str], puts: Mapping[str, AbstractContextManager[Any]]
 ) -> None:
-    """Check on a few prompts that what is put on the base (`mounted`, `applied`) acts, and that the base comes back.
+    """Check on a few prompts that each adapter or update (`mounted`, `applied`) acts, and that the base comes back.
 
-    AdapterError if logits with it off are not the base's bit for bit, or with it on they are.
+    AdapterError if the logits with it off are not the base's bit for bit, or with it on they are.
     """
     base = probe(network, tokenizer, prompts)
     for name, put in puts.items():

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from hiplora.errors import ConfigError, HipLoraError
 
 _NOBODY = 65534
-_SHOWN = 4096  # bytes of output that are kept
+_OUTPUT_BYTES = 4096  # kept, the last of them
 
 # Runs inside the sandbox. The token, printed last, shows that the program ran to its end.
 _RUNNER = """
@@ -37,7 +37,7 @@ os.write(1, job["token"].encode())
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use; memory is per process, files are one (its output is one) and all together."""
+    """What one program may use; memory is per process, file size per file (its output is one) and in all."""
 
     seconds: float = 30.0  # on the clock
     cpu_seconds: int = 5
@@ -48,7 +48,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program, which passed only if it ran to its end, and the last that it wrote."""
+    """The result of a program, which passed only if it ran to its end, and the last of its output."""
 
     status: Literal["passed", "failed", "timed out"]
     output: str = ""
@@ -69,7 +69,7 @@ class Isolation:
 
     @property
     def processes(self) -> bool:
-        """Whether their number is limited: root's is not, and without bubblewrap all of the user's would count."""
+        """Whether the number of processes is limited: not root's, and not without bubblewrap, where all would count."""
         return self.user is not None or (self.bubblewrap and os.geteuid() != 0)
 
     def __str__(self) -> str:
@@ -93,23 +93,23 @@ def isolation() -> Isolation:
     reason = "bwrap is not on PATH: install the package bubblewrap"
     for bubblewrap in (True, False) if shutil.which("bwrap") else (False,):
         for user in (_NOBODY, None) if os.geteuid() == 0 else (None,):
-            how = Isolation(bubblewrap, user, "" if bubblewrap else reason)
-            outcome = _run("", Limits(), how)
+            setup = Isolation(bubblewrap, user, "" if bubblewrap else reason)
+            outcome = _run("", Limits(), setup)
             if outcome.passed:
-                return how
+                return setup
         reason = f"it does not work here: {outcome.output.strip()}"
     raise HipLoraError(f"the code sandbox cannot run Python: {outcome.output}")
 
 
 def require_permission(allowed: bool) -> None:
     """Raise ConfigError unless the user `allowed` to run what a model writes; warn where bubblewrap is missing."""
-    found = isolation()
+    available = isolation()
     if not allowed:
         raise ConfigError(
-            f"this task runs code that the model writes; pass --allow-code-execution to allow it. Here, {found}"
+            f"this task runs code that the model writes; pass --allow-code-execution to allow it. Here, {available}"
         )
-    if not found.bubblewrap:
-        logging.getLogger(__name__).warning("code sandbox: %s", found)
+    if not available.bubblewrap:
+        logging.getLogger(__name__).warning("code sandbox: %s", available)
 
 
 def run_program(source: str, limits: Limits | None = None) -> Outcome:
@@ -120,17 +120,17 @@ def run_program(source: str, limits: Limits | None = None) -> Outcome:
     return _run(source, limits or Limits(), isolation())
 
 
-def _run(source: str, limits: Limits, how: Isolation) -> Outcome:
+def _run(source: str, limits: Limits, setup: Isolation) -> Outcome:
     token, timed_out = secrets.token_hex(16), False
-    job = json.dumps({"source": source, "token": token, "limits": _rlimits(limits, how)})
+    job = json.dumps({"source": source, "token": token, "limits": _rlimits(limits, setup)})
     with tempfile.TemporaryDirectory(prefix="hiplora-sandbox-") as folder, tempfile.TemporaryFile() as output:
         account: dict[str, Any] = {}
-        if how.user is not None:
-            account = {"user": how.user, "group": how.user, "extra_groups": ()}
-            os.chown(folder, how.user, how.user)
+        if setup.user is not None:
+            account = {"user": setup.user, "group": setup.user, "extra_groups": ()}
+            os.chown(folder, setup.user, setup.user)
         try:
             process = subprocess.Popen(
-                [*(_bubblewrap(limits) if how.bubblewrap else []), *_python(), "-c", _RUNNER],
+                [*(_bubblewrap(limits) if setup.bubblewrap else []), *_python(), "-c", _RUNNER],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -149,7 +149,7 @@ def _run(source: str, limits: Limits, how: Isolation) -> Outcome:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        output.seek(max(0, output.seek(0, os.SEEK_END) - _SHOWN))
+        output.seek(max(0, output.seek(0, os.SEEK_END) - _OUTPUT_BYTES))
         text = output.read().decode(errors="replace")
     if not timed_out and token in text:  # a program's last words, at exit, may follow it
         return Outcome("passed", text.replace(token, ""))
@@ -157,11 +157,13 @@ def _run(source: str, limits: Limits, how: Isolation) -> Outcome:
     return Outcome("timed out" if timed_out or cpu_time else "failed", text)
 
 
-def _rlimits(limits: Limits, how: Isolation) -> dict[str, int]:
-    found = {"RLIMIT_CPU": limits.cpu_seconds, "RLIMIT_FSIZE": limits.file_bytes, "RLIMIT_CORE": 0}
+def _rlimits(limits: Limits, setup: Isolation) -> dict[str, int]:
+    rlimits = {"RLIMIT_CPU": limits.cpu_seconds, "RLIMIT_FSIZE": limits.file_bytes, "RLIMIT_CORE": 0}
     if sys.platform == "linux":  # macOS does not enforce it, and refuses to set it
-        found["RLIMIT_AS"] = limits.memory_bytes
-    return found | ({"RLIMIT_NPROC": limits.processes} if how.processes else {})
+        rlimits["RLIMIT_AS"] = limits.memory_bytes
+    if setup.processes:
+        rlimits["RLIMIT_NPROC"] = limits.processes
+    return rlimits
 
 
 def _bubblewrap(limits: Limits) -> list[str]:

@@ -21,7 +21,7 @@ PREFIX = "hiplora_"  # of the project's tasks in lm-eval, whose own names they m
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """A task: its name in the suite and in lm-eval, how many items (None: all), and the file of one's own rows."""
+    """A task: its name in the suite and in lm-eval, how many items (None: all), and the file of the user's own rows."""
 
     name: str
     lm_eval: str
@@ -43,19 +43,19 @@ class _Entry(BaseModel, extra="forbid"):
     limit: PositiveInt | None = None
 
 
-_Named = Annotated[_Entry, BeforeValidator(lambda given: {"task": given} if isinstance(given, str) else given)]
+_NameOrEntry = Annotated[_Entry, BeforeValidator(lambda value: {"task": value} if isinstance(value, str) else value)]
 
 
 class _File(BaseModel, extra="forbid"):
-    tasks: list[_Named] = Field(min_length=1)
+    tasks: list[_NameOrEntry] = Field(min_length=1)
     include: list[str] = []
 
 
 @functools.cache
 def own_tasks() -> Mapping[str, Mapping[str, Any]]:
     """Return lm-eval's configuration of the project's tasks, by name; `metadata` has title, file, hub and score."""
-    files = sorted(TASKS.glob("*.yaml"))
-    return {path.stem: yaml.safe_load(path.read_text().replace("!function ", "")) for path in files}
+    files = {path.stem: path.read_text(encoding="utf-8") for path in sorted(TASKS.glob("*.yaml"))}
+    return {name: yaml.safe_load(text.replace("!function ", "")) for name, text in files.items()}
 
 
 def own_suites() -> list[str]:
@@ -76,9 +76,9 @@ def runs_code(task: str) -> bool:
 def read_suite(suite: str, data: Path | None = None) -> Suite:
     """Read a suite: a name of `own_suites`, a YAML file, or comma-separated names of tasks.
 
-    A task may be `a | b`: the first whose file is in the folder `data`, else `a`; or a file of one's own rows, in a
-    format of the training data. Names that are not the project's are lm-eval's or those of the suite's `include`
-    folders; lm-eval checks them. ConfigError, with what was expected, if the suite does not exist or is none.
+    A task may be `a | b`: the first whose file is in the folder `data`, else `a`; or a file of the user's own rows, in
+    a format of the training data. Other names are lm-eval's or those of the suite's `include` folders; lm-eval checks
+    them. ConfigError, with what was expected, if the suite does not exist or is not valid.
     """
     if suite in own_suites():
         return _from_file(SUITES / f"{suite}.yaml", data)
@@ -104,23 +104,23 @@ def suite_of(
             file = folder / task
             if not file.is_file():
                 raise ConfigError(f"--suite: {file}: no such file; expected {_expected()}")
-            one = file.name.removesuffix(suffix)
-            request = TaskRequest(one, one, limit, file)
+            key = file.name.removesuffix(suffix)
+            request = TaskRequest(key, key, limit, file)
         else:
             options = [option.strip() for option in task.split("|")]
             stored = [o for o in options if data and o in known and data_file(data, known[o]["metadata"]["file"])]
-            one = (stored or options)[0]
-            request = TaskRequest(one, f"{PREFIX}{one}" if one in known else one, limit)
-        if (first := requests.setdefault(one, request)).rows != request.rows:
-            raise ConfigError(f"--suite: two files are called {one}; rename one of them")
+            key = (stored or options)[0]
+            request = TaskRequest(key, f"{PREFIX}{key}" if key in known else key, limit)
+        if (first := requests.setdefault(key, request)).rows != request.rows:
+            raise ConfigError(f"--suite: two files are called {key}; rename one of them")
         if first is not request:
-            raise ConfigError(f"--suite: task {one} is listed twice; keep one of the two")
+            raise ConfigError(f"--suite: task {key} is listed twice; keep one of the two")
     return Suite(name, tuple(requests.values()), tuple(folder / path for path in include))
 
 
 def _from_file(path: Path, data: Path | None) -> Suite:
     try:
-        found = _File.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
+        file = _File.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ConfigError(f"--suite {path}: no such file; expected {_expected()}") from None
     except ValidationError as error:
@@ -130,13 +130,13 @@ def _from_file(path: Path, data: Path | None) -> Suite:
         ) from None
     except ValueError as error:
         raise ConfigError(f"--suite {path}: is not YAML that can be read ({first_line(error)})") from None
-    for name in found.include:
+    for name in file.include:
         if not (path.parent / name).is_dir():
             raise ConfigError(f"--suite {path}: include: {path.parent / name} is not a folder")
-    names = [one.task for one in found.tasks]
+    names = [entry.task for entry in file.tasks]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"--suite {path}: task {twice[0]} is listed twice; keep one of the two")
-    return suite_of(path.stem, {one.task: one.limit for one in found.tasks}, data, path.parent, found.include)
+    return suite_of(path.stem, {entry.task: entry.limit for entry in file.tasks}, data, path.parent, file.include)
 
 
 def _expected() -> str:

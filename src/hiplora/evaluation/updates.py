@@ -1,4 +1,4 @@
-"""Updates that stand in no folder: their drift from the base, their loss on rows of their task, and their scale."""
+"""Updates in memory: their drift from the base, their loss on rows of their task, and their scale."""
 
 import functools
 import math
@@ -28,16 +28,16 @@ DATA_LENGTH = 1024  # tokens of a row at most
 def task_rows(tokenizer: Any, file: str | Path, model: Any) -> tuple[list[Encoded], list[str]]:
     """Return encoded rows of a task, 256 of at most 1024 tokens, and notes on what was left out.
 
-    They are shorter where the model, which may be without weights, reads less. DataError if the file has no rows that
+    Rows are shorter where the model, which may be without weights, reads less. DataError if the file has no rows that
     can be used.
     """
     data = DataSettings(path=str(file), template="auto")
     length = within_context(min(tokenizer.model_max_length, DATA_LENGTH), model)
-    found = load_data(data, chat=bool(tokenizer.chat_template)).train  # worded as `hiplora train` words them
-    encoded, report = encode_examples(tokenizer, found[:DATA_ROWS], length)
+    examples = load_data(data, chat=bool(tokenizer.chat_template)).train  # worded as `hiplora train` words them
+    encoded, report = encode_examples(tokenizer, examples[:DATA_ROWS], length)
     notes = []
-    if len(found) > DATA_ROWS:
-        notes.append(f"the loss is of the first {DATA_ROWS} of the {len(found)} rows")
+    if len(examples) > DATA_ROWS:
+        notes.append(f"the loss is of the first {DATA_ROWS} of the {len(examples)} rows")
     if changed := report.truncated + report.left_out:
         notes.append(f"{changed} of {report.examples} rows are too long: cut or left out")
     return [Encoded(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded], notes
@@ -62,10 +62,10 @@ def measure_updates(
         losses = {"base": heldout_loss(model, examples)} if examples else {}
         for name, update in updates.items():
             changed = [*(f"{module}.weight" for module in update.modules), *update.extras]
-            off = functools.partial(holding, model, {one: model.get_parameter(one) for one in changed})
+            off = functools.partial(holding, model, {weight: model.get_parameter(weight) for weight in changed})
             with applied(model, update):
-                found = measure_drift(model, reference, off, may_be_nothing=name in may_be_nothing)
-                drift[name] = {text: value.as_dict() for text, value in found.items()}
+                measured = measure_drift(model, reference, off, may_be_nothing=name in may_be_nothing)
+                drift[name] = {text: value.as_dict() for text, value in measured.items()}
                 if examples:
                     losses[name] = heldout_loss(model, examples)
     return drift, losses
@@ -107,7 +107,7 @@ def choose_scale(
     data: str | Path | None,
     device: str = "auto",
 ) -> tuple[float, dict[str, Any] | None]:
-    """Return a given scale, 1 if none, or the one that a search over the rows of `data` finds, with its record.
+    """Return the given scale, 1 if none, or with a tolerance the one found on the rows of `data`, with its record.
 
     ConfigError if the options do not go together or the base has no tokenizer; DataError or AdapterError if the rows or
     the base cannot be used.
@@ -119,8 +119,8 @@ def choose_scale(
         return 1.0 if scale is None else scale, None
     tokenizer = load_tokenizer(update.base)
     examples, notes = task_rows(tokenizer, data, BaseWeights.of(update).skeleton)
-    found = search_scale(load_for(update, device), update, examples, tolerance)
-    return found["scale"], found | {"notes": notes}
+    record = search_scale(load_for(update, device), update, examples, tolerance)
+    return record["scale"], record | {"notes": notes}
 
 
 def check_scale_options(scale: float | None, tolerance: float | None, data: str | Path | None) -> None:

@@ -1,4 +1,4 @@
-"""Does a drop go with the singular value? Pearson and Spearman correlations with p-values and bootstrap intervals."""
+"""Correlation of drops with singular values: Pearson and Spearman, with p-values and bootstrap intervals."""
 
 import itertools
 import math
@@ -18,12 +18,12 @@ Rows = Sequence[Mapping[str, Any]]
 
 COEFFICIENTS = ("pearson", "spearman")
 LEAST = 3  # points; of two, every correlation is perfect
-_EXACT = 8  # points up to which all pairings are tried
+_MAX_EXACT = 8  # points up to which all pairings are tried
 REPLICATES = 10_000
 
 
 def correlate(x: ArrayLike, y: ArrayLike, seed: int = 0) -> dict[str, Any]:
-    """Return how y goes with x, each (points,): `points`, and `pearson` and `spearman`.
+    """Return the correlations of y with x, each (points,): `points`, and `pearson` and `spearman`.
 
     A coefficient has `estimate`, two-sided `p_value` (Spearman's of up to 8 points is exact), and `low` and `high` of
     its 95 % percentile interval over 10,000 bootstrap samples; all None if it is not defined, and `reason` says why.
@@ -33,8 +33,8 @@ def correlate(x: ArrayLike, y: ArrayLike, seed: int = 0) -> dict[str, Any]:
         return {"points": len(x), **{name: _coefficient(reason=reason) for name in COEFFICIENTS}}
     sampled = _sampled(x, y, seed)
     linear, ranked = stats.pearsonr(x, y), stats.spearmanr(x, y)
-    # The t distribution of scipy's p-value is for many points; of few it makes 0 where 1 in n!/2 is true.
-    p_value = _exact_rank_p(x, y) if len(x) <= _EXACT else max(ranked.pvalue, 2 / math.factorial(len(x)))
+    # The t distribution of scipy's p-value is for many points; for few it gives 0 where 2/n! is exact.
+    p_value = _exact_rank_p(x, y) if len(x) <= _MAX_EXACT else max(ranked.pvalue, 2 / math.factorial(len(x)))
     return {
         "points": len(x),
         "pearson": _coefficient(linear.statistic, linear.pvalue, sampled[:, 0]),
@@ -49,44 +49,46 @@ def findings(rows: Rows, seed: int = 0) -> list[dict[str, Any]]:
     is not finite.
     """
     types = list(dict.fromkeys(row["type"] for row in rows))
-    found = []
+    results = []
     for kind, metric in itertools.product(dict.fromkeys(row["kind"] for row in rows), rows[0]["drop"]):
         for name in ("all", *(types if len(types) > 1 else ())):
-            points = _points([row for row in rows if name in ("all", row["type"])], kind, metric)
-            known = points.dropna()
-            named = {"kind": kind, "metric": metric, "type": name, "left_out": len(points) - len(known)}
-            found.append(named | correlate(known.index.get_level_values("sigma"), known, seed))
-    return found
+            drops = _mean_drops([row for row in rows if name in ("all", row["type"])], kind, metric)
+            finite = drops.dropna()
+            labels = {"kind": kind, "metric": metric, "type": name, "left_out": len(drops) - len(finite)}
+            results.append(labels | correlate(finite.index.get_level_values("sigma"), finite, seed))
+    return results
 
 
 def contrasts(rows: Rows, seed: int = 0) -> list[dict[str, Any]]:
     """Return, for each `metric` and each two interventions, their correlations' difference, `kind` less `minus`.
 
-    As of `correlate`, without p-values, over the directions whose drop is finite under both, which samples share.
+    Coefficients are as from `correlate`, without p-values, over the directions whose drop is finite under both; both
+    interventions share the bootstrap samples.
     """
-    found = []
+    results = []
     pairs = list(itertools.combinations(dict.fromkeys(row["kind"] for row in rows), 2))
     for metric, (kind, minus) in itertools.product(rows[0]["drop"], pairs):
-        both = pd.concat([_points(rows, name, metric) for name in (kind, minus)], axis=1).dropna()
-        x, (ours, theirs) = both.index.get_level_values("sigma"), both.to_numpy(dtype=np.float64).T
-        one, other = correlate(x, ours, seed), correlate(x, theirs, seed)
+        both = pd.concat([_mean_drops(rows, name, metric) for name in (kind, minus)], axis=1).dropna()
+        x, (first, second) = both.index.get_level_values("sigma"), both.to_numpy(dtype=np.float64).T
+        one, other = correlate(x, first, seed), correlate(x, second, seed)
         row = {"kind": kind, "minus": minus, "metric": metric, "points": len(both)}
         reason = one["pearson"]["reason"] or other["pearson"]["reason"]
-        apart = None if reason else _sampled(x, ours, seed) - _sampled(x, theirs, seed)
-        for place, name in enumerate(COEFFICIENTS):
+        differences = None if reason else _sampled(x, first, seed) - _sampled(x, second, seed)
+        for column, name in enumerate(COEFFICIENTS):
             row[name] = _coefficient(reason=reason)
-            if apart is not None:
-                row[name] = _coefficient(one[name]["estimate"] - other[name]["estimate"], None, apart[:, place])
-        found.append(row)
-    return found
+            if differences is not None:
+                estimate = one[name]["estimate"] - other[name]["estimate"]
+                row[name] = _coefficient(estimate, None, differences[:, column])
+        results.append(row)
+    return results
 
 
-def _points(rows: Rows, kind: str, metric: str) -> pd.Series:
-    """The mean drop of each direction (module, index, σ); NaN if a drop is not finite."""
+def _mean_drops(rows: Rows, kind: str, metric: str) -> pd.Series:
+    """Return the mean drop of each direction (module, index, σ); NaN if a drop is not finite."""
     direction = ["module", "index", "sigma"]
-    some = [[*(row[name] for name in direction), row["drop"][metric]] for row in rows if row["kind"] == kind]
-    drops = pd.DataFrame(some, columns=[*direction, "drop"]).astype({"drop": float})
-    return drops.groupby(direction, sort=False)["drop"].agg(lambda drawn: drawn.mean(skipna=False))
+    values = [[*(row[name] for name in direction), row["drop"][metric]] for row in rows if row["kind"] == kind]
+    drops = pd.DataFrame(values, columns=[*direction, "drop"]).astype({"drop": float})
+    return drops.groupby(direction, sort=False)["drop"].agg(lambda draws: draws.mean(skipna=False))
 
 
 def _undefined(x: Floats, y: Floats) -> str:
@@ -110,7 +112,7 @@ def _coefficient(
 
 
 def _exact_rank_p(x: Floats, y: Floats) -> float:
-    """The share of all pairings of x with y whose rank correlation is at least as strong, of either sign."""
+    """Return the share of all pairings of x with y whose rank correlation is at least as strong, of either sign."""
     ranks_x, ranks_y = (stats.rankdata(values) for values in (x, y))
     pairings = np.array(list(itertools.permutations(ranks_x - ranks_x.mean())))
     strength = np.abs(pairings @ (ranks_y - ranks_y.mean()))
@@ -118,12 +120,12 @@ def _exact_rank_p(x: Floats, y: Floats) -> float:
 
 
 def _sampled(x: ArrayLike, y: ArrayLike, seed: int) -> Floats:
-    """Both correlations of bootstrap samples, (REPLICATES, 2), NaN where undefined; draws depend on the seed alone."""
+    """Return both correlations of bootstrap samples, (REPLICATES, 2), NaN where undefined; drawn by the seed alone."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     parts = []
     for counts in resample_counts(len(x), REPLICATES, np.random.default_rng(seed)):
-        drawn = np.repeat(np.tile(np.arange(len(x)), len(counts)), counts.ravel()).reshape(counts.shape)
-        pairs = [(x[drawn], y[drawn]), [stats.rankdata(values[drawn], axis=1) for values in (x, y)]]
+        indices = np.repeat(np.tile(np.arange(len(x)), len(counts)), counts.ravel()).reshape(counts.shape)
+        pairs = [(x[indices], y[indices]), [stats.rankdata(values[indices], axis=1) for values in (x, y)]]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", stats.ConstantInputWarning)
             parts.append(np.stack([stats.pearsonr(*pair, axis=1).statistic for pair in pairs], axis=1))

@@ -45,28 +45,28 @@ def find_modules(
     nothing matches, or a layer has no match.
     """
     config = HipLoraConfig(preset="paper", target_modules=target_modules, principal_rank=1)
-    found = {target.name: module_place(target.name)["layer"] for target in find_targets(model, config)}
-    if missing := sorted(set(layers or ()) - set(found.values())):
-        known = ", ".join(map(str, sorted({number for number in found.values() if number is not None})))
+    layer_of = {target.name: module_place(target.name)["layer"] for target in find_targets(model, config)}
+    if missing := sorted(set(layers or ()) - set(layer_of.values())):
+        numbers = ", ".join(map(str, sorted({number for number in layer_of.values() if number is not None})))
         raise ConfigError(
-            f"layer {missing[0]} has none of the requested modules; they are in layers {known or 'without a number'}"
+            f"layer {missing[0]} has none of the requested modules; they are in layers {numbers or 'without a number'}"
         )
-    return [name for name, number in found.items() if layers is None or number in layers]
+    return [name for name, number in layer_of.items() if layers is None or number in layers]
 
 
 def choose_directions(size: int, count: int, how: str = "log") -> list[int]:
     """Return `count` different indices among `size`, ascending, from the first to the last.
 
-    `how` is `"log"` (evenly in the logarithm of the place: dense among the strong ones) or `"even"`. ConfigError if
+    `how` is `"log"` (evenly in the logarithm of the position: dense among the strong ones) or `"even"`. ConfigError if
     `count` is not in 1…size.
     """
     if not 1 <= count <= size:
         raise ConfigError(f"{count} directions of {size}: expected 1 to {size}; give another number")
     spaced = np.geomspace(1, size, count) - 1 if how == "log" else np.linspace(0, size - 1, count)
-    places = np.rint(spaced).astype(int).tolist()
-    for at in range(1, count):  # move apart those that round to the same place
-        places[at] = max(places[at], places[at - 1] + 1)
-    return [min(place, size - count + at) for at, place in enumerate(places)]
+    indices = np.rint(spaced).astype(int).tolist()
+    for i in range(1, count):  # separate those that round to the same index
+        indices[i] = max(indices[i], indices[i - 1] + 1)
+    return [min(index, size - count + i) for i, index in enumerate(indices)]
 
 
 def directions_of(
@@ -125,8 +125,8 @@ def intervened(model: nn.Module, direction: Direction, factor: float) -> Iterato
     weight, sides = module.weight.detach(), [direction.u, direction.v]
     if isinstance(module, Conv1D):  # stored as (in, out)
         sides.reverse()
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    changed = torch.addr(wide, *(side.to(wide) for side in sides), alpha=factor * direction.sigma)
+    precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    changed = torch.addr(precise, *(side.to(precise) for side in sides), alpha=factor * direction.sigma)
     changed = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
     with holding(model, {f"{direction.module}.weight": changed}):
         yield model
@@ -149,15 +149,15 @@ def probe(
     index and its number alone, so noises of two scales differ by the scale. The bare model is left as it was.
     """
     rows = []
-    for one in directions:
-        named = module_place(one.module)
-        named |= {name: getattr(one, name) for name in ("index", "rank", "sigma", "relative")}
+    for direction in directions:
+        labels = module_place(direction.module)
+        labels |= {name: getattr(direction, name) for name in ("index", "rank", "sigma", "relative")}
         for kind in kinds:
             for draw in range(draws if kind.startswith("noise") else 1):
-                entropy = [seed, zlib.crc32(one.module.encode()), one.index, draw]
+                entropy = [seed, zlib.crc32(direction.module.encode()), direction.index, draw]
                 factor = float(intervention_factor(kind, np.random.default_rng(entropy).standard_normal()))
-                with intervened(model, one, factor):
-                    found = measure(model)
-                drop = {name: float(loss) if math.isfinite(loss) else None for name, loss in found.items()}
-                rows.append({**named, "kind": kind, "draw": draw, "factor": factor, "drop": drop})
+                with intervened(model, direction, factor):
+                    losses = measure(model)
+                drop = {name: float(loss) if math.isfinite(loss) else None for name, loss in losses.items()}
+                rows.append({**labels, "kind": kind, "draw": draw, "factor": factor, "drop": drop})
     return rows

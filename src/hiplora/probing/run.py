@@ -1,4 +1,4 @@
-"""`hiplora probe`: how far an intervention on single directions moves a model on text, with correlations and report."""
+"""`hiplora probe`: how far interventions on single directions move a model on text, with correlations and a report."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ CALIBRATION_TOKENS = 10_000  # sampled from the model for the activation basis
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What is probed, and how: see `find_modules`, `choose_directions`, `directions_of` and `intervention_factor`.
+    """Settings of a probe: see `find_modules`, `choose_directions`, `directions_of` and `intervention_factor`.
 
     `layers` None is the first, a middle and the last one, () is all. `text` is a file; else built-in prose and code.
     """
@@ -61,19 +61,19 @@ class ProbeSettings:
 
 
 def run_probe(settings: ProbeSettings, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Probe a model and return the record, which `out` gets as probe.json, with a report of scatter plots.
+    """Probe a model and return the record, written to `out` as probe.json, with a report of scatter plots.
 
     An interrupted run goes on after the last finished direction. ConfigError, DataError or FactorError if `out`, a
     setting, the text or a weight cannot be used.
     """
     texts = drift_texts(settings.text)
     sources = {"model": folder_identity(resolve(settings.model)), "texts": json_sha256(texts)}
-    run, asked = RunFolder(Path(out), "settings.json", "probe.json"), {**asdict(settings), **sources}
-    run.check(asked, overwrite=overwrite, inputs={"the model": settings.model, "the text": settings.text})
+    run, inputs = RunFolder(Path(out), "settings.json", "probe.json"), {**asdict(settings), **sources}
+    run.check(inputs, overwrite=overwrite, inputs={"the model": settings.model, "the text": settings.text})
     model, tokenizer = load(settings.model)  # in fp32: single directions are worth less than bf16 resolves
     model = model.to(pick_device(settings.device))
     reference = BaseReference.build(model, tokenizer, texts, max_tokens=settings.tokens)
-    with run.claimed(asked, overwrite=overwrite):
+    with run.claimed(inputs, overwrite=overwrite):
         rows = probe_model(model, reference, settings, run)
         correlations = findings(rows, settings.seed)
         record = {
@@ -113,17 +113,22 @@ def probe_model(
         log_ratio = sum(math.log(drift.perplexity_ratio) * drift.tokens for drift in drifts)
         return {"kl": kl / tokens, "log_perplexity": log_ratio / tokens}
 
-    def rows_of(one: Direction) -> dict[str, Any]:
-        return {"rows": probe(model, [one], settings.kinds, measure, draws=settings.draws, seed=settings.seed)}
+    def rows_of(direction: Direction) -> dict[str, Any]:
+        return {"rows": probe(model, [direction], settings.kinds, measure, draws=settings.draws, seed=settings.seed)}
 
-    weight, count = settings.basis == "weight", settings.directions
-    bases = None if weight else input_bases(model, modules, tokens=CALIBRATION_TOKENS, seed=settings.seed)
+    bases, count = None, settings.directions
+    if settings.basis == "activation":
+        bases = input_bases(model, modules, tokens=CALIBRATION_TOKENS, seed=settings.seed)
     directions = directions_of(model, modules, count, settings.choice, rank=settings.principal_rank, bases=bases)
     bar = tqdm(
         directions, "probing directions", len(modules) * count, leave=False, disable=None if folder else True
     )  # fmt: skip
     keep = folder.stage if folder else lambda _, work: work()
-    return [row for one in bar for row in keep(f"{one.module}-{one.index}", functools.partial(rows_of, one))["rows"]]
+    rows = []
+    for direction in bar:
+        stage = keep(f"{direction.module}-{direction.index}", functools.partial(rows_of, direction))
+        rows += stage["rows"]
+    return rows
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], correlations: Sequence[Mapping[str, Any]]) -> str:
@@ -136,18 +141,18 @@ def verdict(rows: Sequence[Mapping[str, Any]], correlations: Sequence[Mapping[st
         "these directions do not show whether σ predicts the effect of {}": [],
     }
     larger, smaller, unknown = kinds.values()
-    for one in correlations:
-        if one["metric"] == "kl" and one["type"] == "all":
-            rho = one["spearman"]
-            told = "" if rho["estimate"] is None else f" (ρ {interval(rho['estimate'], rho['low'], rho['high'], 2)})"
+    for row in correlations:
+        if row["metric"] == "kl" and row["type"] == "all":
+            rho = row["spearman"]
+            value = "" if rho["estimate"] is None else f" (ρ {interval(rho['estimate'], rho['low'], rho['high'], 2)})"
             side = larger if (rho["low"] or 0) > 0 else smaller if (rho["high"] or 0) < 0 else unknown
-            side.append(one["kind"] + told)
-    said = "; ".join(text.format(" and ".join(names)) for text, names in kinds.items() if names)
+            side.append(row["kind"] + value)
+    trend = "; ".join(text.format(" and ".join(names)) for text, names in kinds.items() if names)
     most = max(rows, key=lambda row: math.inf if row["drop"]["kl"] is None else row["drop"]["kl"])
     furthest = f"{most['kind']} of direction {most['index']} of {most['module']}"
     kl = most["drop"]["kl"]
     by = "after which its predictions are not finite" if kl is None else f"by {kl:.2g} nats a token"
-    return f"{said[0].upper()}{said[1:]}. Furthest: {furthest}, {by}."
+    return f"{trend[0].upper()}{trend[1:]}. Furthest: {furthest}, {by}."
 
 
 def correlation_table(correlations: Sequence[Mapping[str, Any]], metric: str) -> pd.DataFrame:
@@ -155,13 +160,15 @@ def correlation_table(correlations: Sequence[Mapping[str, Any]], metric: str) ->
     from hiplora.reporting import interval
 
     rows = []
-    for found in (one for one in correlations if one["metric"] == metric):
-        row = {"intervention": f"{found['kind']}, {found['type']}", "directions": found["points"]}
+    for correlation in correlations:
+        if correlation["metric"] != metric:
+            continue
+        row = {"intervention": f"{correlation['kind']}, {correlation['type']}", "directions": correlation["points"]}
         for name in COEFFICIENTS:
-            one, p_value = found[name], found[name]["p_value"]
-            row[name.capitalize()] = interval(one["estimate"], one["low"], one["high"], 2)
+            coefficient, p_value = correlation[name], correlation[name]["p_value"]
+            row[name.capitalize()] = interval(coefficient["estimate"], coefficient["low"], coefficient["high"], 2)
             row[f"{name.capitalize()} p"] = "–" if p_value is None else f"{p_value:.2g}"
-        rows.append(row | {"note": found["pearson"]["reason"]})
+        rows.append(row | {"note": correlation["pearson"]["reason"]})
     return pd.DataFrame(rows)
 
 
@@ -173,11 +180,11 @@ def _write_report(path: Path, record: Mapping[str, Any]) -> None:
     sections = [Section("What was found", record["verdict"])]
     for metric, title in METRICS.items():
         log = metric == "kl"
-        some = rows[rows[metric] > 0] if log else rows.dropna(subset=metric)
+        points = rows[rows[metric] > 0] if log else rows.dropna(subset=metric)
         axes: dict[str, Any] = {"xlabel": "singular value σ", "ylabel": f"{title} (nats per token)", "logx": True}
         figures = {}
-        if len(some):  # some direction moved the model
-            figure = plots.facets(some, "kind", plots.scatter, x="sigma", y=metric, group="type", logy=log, **axes)
+        if len(points):  # some direction moved the model
+            figure = plots.facets(points, "kind", plots.scatter, x="sigma", y=metric, group="type", logy=log, **axes)
             figures["A dot is a direction."] = figure
         tables = {"Correlation with σ, 95 % intervals": correlation_table(record["correlations"], metric)}
         sections.append(Section(title, tables=tables, figures=figures))

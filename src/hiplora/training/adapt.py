@@ -30,17 +30,17 @@ def check_fit(recipe: TrainRecipe) -> Any:
 
 
 def fitting_config(
-    method: Any, model: Any, steps: int | None = None, given: Mapping[str, Any] | None = None
+    method: Any, model: Any, steps: int | None = None, stored: Mapping[str, Any] | None = None
 ) -> "PeftConfig":
     """Return the PEFT configuration of a method's adapter on a model, which may be without weights.
 
-    `given` is the configuration of a finished adapter to carry on. Raises ConfigError if a name or pattern matches
-    nothing, a layer has fewer directions than are asked of it, or the layer would not be trained.
+    `stored` is the configuration of a finished adapter to carry on. Raises ConfigError if a name or pattern matches
+    nothing, a layer has fewer directions than the ranks need, or the layer would not be trained.
     """
     from hiplora.tuner import HipLoraConfig, default_targets, find_targets, matching_names
     from hiplora.tuner.experts import unrolled
 
-    config: Any = method.peft_config(steps) if given is None else method.continued_config(given)
+    config: Any = method.peft_config(steps) if stored is None else method.continued_config(stored)
     if method.target_modules == Method.model_fields["target_modules"].default:  # whatever this model calls them
         config.target_modules = {*default_targets(model, "paper")}
     targets: Any = ()
@@ -54,27 +54,28 @@ def fitting_config(
     for target in targets:
         method.check_layer(config, target)
     modules, head = dict(model.named_modules()), model.get_output_embeddings()
-    if wrong := next((target.name for target in targets if modules.get(target.name) is head is not None), None):
-        way = "leave it out, or name it in modules_to_save"
-        raise ConfigError(f"layer {wrong}: the training reads the output head's weight and never calls it; {way}")
+    for target in targets:
+        if head is not None and modules.get(target.name) is head:
+            what = f"layer {target.name}: the training reads the output head's weight and never calls it"
+            raise ConfigError(f"{what}; leave it out, or name it in modules_to_save")
     if unmatched := [*_unmatched(config, model, [*modules], [target.name for target in targets])]:
         raise ConfigError(f"{unmatched[0]} of {type(model).__name__}; correct or remove it")
     return config
 
 
 def _unmatched(config: Any, model: Any, modules: Iterable[str], adapted: list[str]) -> Iterator[str]:
-    """Say which names and patterns of a configuration match nothing."""
+    """Yield a message for each name and pattern of a configuration that matches nothing."""
     from hiplora.tuner import matching_names
     from hiplora.tuner.experts import unrolled
 
-    free = {"exclude_modules": None, "modules_to_save": None, "layers_to_transform": None, "layers_pattern": None}
+    unrestricted = dict.fromkeys(("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"))
     with unrolled(model):
         for field in ("target_modules", "exclude_modules"):
             value = getattr(config, field, None) or ()
             for name in [value] if isinstance(value, str) else sorted(value):
-                alone = copy.copy(config)
-                vars(alone).update(free, target_modules=value if isinstance(value, str) else {name})
-                if not matching_names(model, alone):
+                single = copy.copy(config)
+                vars(single).update(unrestricted, target_modules=value if isinstance(value, str) else {name})
+                if not matching_names(model, single):
                     yield f"{field} {name!r} matches no module"
     for name in getattr(config, "modules_to_save", None) or ():
         if not any(module.endswith(name) for module in modules):
@@ -85,24 +86,26 @@ def _unmatched(config: Any, model: Any, modules: Iterable[str], adapted: list[st
     for index in [layers] if isinstance(layers, int) else layers or ():
         if not any(str(index) in name.split(".") for name in adapted):
             yield f"layers_to_transform {index} matches no adapted layer"
-    whole = r"{}" if hasattr(config, "effective_rank") else r"^(.*\.)?({})$"  # PEFT's OSF searches
+    match = r"{}" if hasattr(config, "effective_rank") else r"^(.*\.)?({})$"  # PEFT's OSF searches
     for field in ("rank_pattern", "alpha_pattern", "principal_rank_pattern"):
         for pattern in getattr(config, field, None) or ():
-            if not any(re.search(whole.format(pattern), name) for name in adapted):
+            if not any(re.search(match.format(pattern), name) for name in adapted):
                 yield f"{field} {pattern!r} matches no adapted layer"
 
 
-def check_trackers(given: str | list[str]) -> None:
+def check_trackers(trackers: str | list[str]) -> None:
     """Check that the Trainer knows the trackers of `report_to`, and that they are installed."""
     from transformers.integrations import integration_utils
 
-    known, found = integration_utils.INTEGRATION_TO_CALLBACK, integration_utils.get_available_reporting_integrations()
-    for name in [] if given in ("none", "all", ["none"], ["all"]) else [given] if isinstance(given, str) else given:
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    installed = (*integration_utils.get_available_reporting_integrations(), "azure_ml", "flyte")  # it omits these two
+    names = [trackers] if isinstance(trackers, str) else trackers
+    for name in names if names not in (["none"], ["all"]) else ():
         if name not in known:
             raise ConfigError(
                 f"train.report_to: {name!r} is no tracker; expected none, all or some of {', '.join(known)}"
             )
-        if name not in (*found, "azure_ml", "flyte"):  # of these two the list says less
+        if name not in installed:
             raise ConfigError(f"train.report_to: {name} is not installed; install its package, or remove it")
 
 
@@ -114,13 +117,14 @@ def put_on(
     seed: int,
     start: Path | None = None,
     steps: int | None = None,
-    given: Path | None = None,
+    start_from: Path | None = None,
 ) -> "PeftModel":
     """Put a method's adapter on a bare model, which is changed: calibrated, at the point where training begins.
 
-    The folder `start` keeps the start of a method that moves the base: read if it has one, else written. `given` is the
-    folder of a finished adapter to carry on from (`start_problem`), instead of a new one. Raises ConfigError if the
-    method or the given adapter does not fit the model, AdapterError if that is damaged, and what `prepare` does.
+    The folder `start` keeps the start of a method that moves the base: read if it has one, else written. `start_from`
+    is the folder of a finished adapter to carry on from (`start_problem`), instead of a new one. Raises ConfigError if
+    the method or that adapter does not fit the model, AdapterError if the adapter is damaged, and what `prepare`
+    raises.
     """
     import torch
     from peft import get_peft_model, get_peft_model_state_dict
@@ -128,18 +132,18 @@ def put_on(
 
     from hiplora.adapters import quiet_loading
 
-    kept = start / WEIGHTS_FILE if method.moves_base and start is not None else None
-    tensors, begin = load_file(given / WEIGHTS_FILE) if given is not None else None, None
-    if tensors is not None and kept is not None:
+    start_file = start / WEIGHTS_FILE if method.moves_base and start is not None else None
+    tensors, begin = load_file(start_from / WEIGHTS_FILE) if start_from is not None else None, None
+    if tensors is not None and start_file is not None:
         tensors, origin = split_difference(tensors)
-        if not kept.is_file():
-            keep_start(origin, kept)
-    stored = None if given is None else json.loads((given / CONFIG_FILE).read_text(encoding="utf-8"))
+        if not start_file.is_file():
+            keep_start(origin, start_file)
+    stored = None if start_from is None else json.loads((start_from / CONFIG_FILE).read_text(encoding="utf-8"))
     config = fitting_config(method, model, steps, stored)
     try:
-        if kept is not None and kept.is_file():
-            begin = restored(config, kept)
-        elif given is None:
+        if start_file is not None and start_file.is_file():
+            begin = restored(config, start_file)
+        elif start_from is None:
             begin = method.prepare(config, model, tokenizer)
         torch.manual_seed(seed)
         with quiet_loading():
@@ -156,10 +160,10 @@ def put_on(
         raise ConfigError(
             f"method {method.name} leaves no parameter to train; check its ranks and method.target_modules"
         )
-    if kept is not None and not kept.is_file():
-        keep_start(get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False), kept)
+    if start_file is not None and not start_file.is_file():
+        keep_start(get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False), start_file)
     if tensors is not None:
-        _load_tensors(adapted, tensors, given)
+        _load_tensors(adapted, tensors, start_from)
     return adapted
 
 
@@ -188,7 +192,7 @@ def save_trained(method: Method, model: "PeftModel", folder: Path, start: Path |
 
 
 def start_problem(recipe: TrainRecipe) -> str | None:
-    """Say why a training cannot carry on from the adapter in the folder `train.start_from`, if it names one.
+    """Return why a training cannot carry on from the adapter in the folder `train.start_from`; None if it can.
 
     It must be the finished result of a training with the same method and settings, but for `Method.steering`.
     """
@@ -200,13 +204,13 @@ def start_problem(recipe: TrainRecipe) -> str | None:
             return f"train.start_from: {folder} has no {name}; name the output folder of a finished `hiplora train`"
     try:
         stored = parse_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        given = TypeAdapter(AnyMethod).validate_python(stored["method"])
+        stored_method = TypeAdapter(AnyMethod).validate_python(stored["method"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"train.start_from: {folder}/recipe.yaml is not a recipe of this version; train the adapter again"
-    old, new = _identity(given), _identity(method)
+    old, new = _identity(stored_method), _identity(method)
     changes = [f"method.{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]]
-    if given.name != method.name:
-        changes = [f"method {given.name} there, {method.name} here"]
+    if stored_method.name != method.name:
+        changes = [f"method {stored_method.name} there, {method.name} here"]
     if changes:
         way = "give the recipe the adapter's own method and settings, or name another folder"
         return f"train.start_from: {folder} holds another adapter ({'; '.join(changes)}); {way}"
@@ -217,7 +221,7 @@ def start_problem(recipe: TrainRecipe) -> str | None:
 
 
 def _identity(method: Method) -> dict[str, Any]:
-    """Return the settings that make an adapter what it is; of a text only its name, since it may have moved."""
+    """Return the settings that define an adapter; of a text only its name, since the file may have moved."""
     values = method.model_dump(mode="json", exclude={*method.steering})
     if values.get("calibration_text") is not None:
         values["calibration_text"] = Path(values["calibration_text"]).name

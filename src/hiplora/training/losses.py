@@ -1,4 +1,4 @@
-"""What a training adds to the loss, or puts in its place, so that less is forgotten.
+"""Terms that a training adds to the loss, and losses that replace it, so that less is forgotten.
 
 The base model is the adapted one with its adapter disabled, so it takes no memory of its own.
 """
@@ -34,17 +34,17 @@ class TokenLoss:
 
     def __call__(self, model: Any, inputs: dict[str, Any], items: Any) -> Tensor:
         """Return the sum over the learned tokens of a batch, divided by `items`."""
-        given = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
-        target = inputs["labels"][:, 1:]
-        known = target != IGNORED
-        target = target[known]
-        logits = model(**given).logits[:, :-1][known].float()
+        inputs = dict(inputs) | {"use_cache": False}
+        target = inputs.pop("labels")[:, 1:]
+        learned = target != IGNORED
+        target = target[learned]
+        logits = model(**inputs).logits[:, :-1][learned].float()
         right = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
         loss = -(token_weights(logits.detach(), target, self.kind) * right).sum()
         if self.own_kl:
-            bare = getattr(model, "module", model)  # within DDP
-            with torch.no_grad(), base_only(bare):
-                base = bare(**given).logits[:, :-1][known].float()
+            unwrapped = getattr(model, "module", model)  # within DDP
+            with torch.no_grad(), base_only(unwrapped):
+                base = unwrapped(**inputs).logits[:, :-1][learned].float()
             loss = loss + self.own_kl * kl_without_target(base, logits, target).sum()
         return loss / items
 
@@ -72,26 +72,26 @@ def kl_without_target(base: Tensor, adapted: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mask_unlikely(model: Any, rows: Sequence[dict[str, list[int]]]) -> int:
-    """Take the tokens from the labels whose perplexity under the bare model is above 2.5 (STM, arXiv 2501.14315).
+    """Remove the tokens from the labels whose perplexity under the bare model is above 2.5 (STM, arXiv 2501.14315).
 
-    Return how many were taken.
+    Returns how many were removed.
     """
-    taken = 0
+    removed = 0
     for row in rows:
         ids = torch.tensor(row["input_ids"], device=model.device)
-        chances = model(ids[None], use_cache=False).logits[0, :-1].float().softmax(-1).gather(-1, ids[1:, None])[:, 0]
-        for place, chance in enumerate(chances.tolist(), 1):
-            if row["labels"][place] != IGNORED and chance < 1 / STM_PERPLEXITY:
-                row["labels"][place] = IGNORED
-                taken += 1
-    return taken
+        logits = model(ids[None], use_cache=False).logits[0, :-1].float()
+        probabilities = logits.softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        for position, probability in enumerate(probabilities.tolist(), 1):
+            if row["labels"][position] != IGNORED and probability < 1 / STM_PERPLEXITY:
+                row["labels"][position] = IGNORED
+                removed += 1
+    return removed
 
 
 def replay_rows(model: Any, rows: int, max_length: int) -> list[dict[str, list[int]]]:
     """Return rows that the bare model writes itself, learned whole (self-replay)."""
-    written = sampled_rows(model, rows * ROW_LENGTH)[:rows]
-    pieces = [row[:max_length].tolist() for row in written]
-    return [{"input_ids": piece, "labels": piece} for piece in pieces]
+    sampled = [row[:max_length].tolist() for row in sampled_rows(model, rows * ROW_LENGTH)[:rows]]
+    return [{"input_ids": row, "labels": row} for row in sampled]
 
 
 class KlOnText:
@@ -101,7 +101,7 @@ class KlOnText:
     """
 
     def __init__(self, rows: Sequence[Tensor], tokens: int, seed: int, together: bool = True):
-        self._together = together  # whether the model keeps pieces in one sequence apart
+        self._together = together  # in one sequence, where the model keeps the pieces apart
         self._tokens, self._seed = tokens, seed
         length = min(max(map(len, rows)), tokens)
         self._pieces = [piece for row in rows for piece in row.split(length)]
@@ -109,13 +109,13 @@ class KlOnText:
 
     def batch(self, step: int) -> list[Tensor]:
         """Return the pieces of text of a step, at most `tokens` tokens, in an order drawn anew in each pass."""
-        pieces, left = [], self._tokens
-        for place in range(step * self._count, (step + 1) * self._count):
-            lap, index = divmod(place, len(self._pieces))
-            generator = torch.Generator().manual_seed((self._seed * 0x9E3779B1 + lap) % 2**32)
+        pieces, remaining = [], self._tokens
+        for number in range(step * self._count, (step + 1) * self._count):
+            epoch, index = divmod(number, len(self._pieces))
+            generator = torch.Generator().manual_seed((self._seed * 0x9E3779B1 + epoch) % 2**32)
             order = torch.randperm(len(self._pieces), generator=generator)
-            pieces.append(self._pieces[int(order[index])][:left])
-            left -= len(pieces[-1])
+            pieces.append(self._pieces[int(order[index])][:remaining])
+            remaining -= len(pieces[-1])
         return pieces
 
     def __call__(self, model: Any, step: int) -> Tensor:
@@ -130,10 +130,10 @@ class KlOnText:
     def _log_probs(self, model: Any, pieces: list[Tensor]) -> Tensor:
         inputs = [{"input_ids": piece[None].to(model.device)} for piece in pieces]
         if self._together:
-            places = torch.cat([torch.arange(len(piece)) for piece in pieces])
+            positions = torch.cat([torch.arange(len(piece)) for piece in pieces])
             ids = torch.cat(pieces)
-            inputs = [{"input_ids": ids[None].to(model.device), "position_ids": places[None].to(model.device)}]
-        logits = torch.cat([model(**one, use_cache=False).logits[0] for one in inputs])
+            inputs = [{"input_ids": ids[None].to(model.device), "position_ids": positions[None].to(model.device)}]
+        logits = torch.cat([model(**row, use_cache=False).logits[0] for row in inputs])
         return F.log_softmax(logits.float(), dim=-1)
 
 

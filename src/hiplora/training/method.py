@@ -1,4 +1,4 @@
-"""What a method of a recipe is: its settings, how its adapter is made, and what it does while it trains.
+"""The base classes of a recipe's methods: their settings, how an adapter is made, and what a method does in training.
 
 A method is a subclass of `Method` with a `name`, in a file of `baselines/`. Recipes are checked before torch is
 loaded, so these files import torch and PEFT only inside functions.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-BASIS_FILE = "basis.safetensors"  # what a widened training kept out of: more than the adapter's own factors
+BASIS_FILE = "basis.safetensors"  # the directions that a widened training protected, more than the adapter's factors
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 Begin = Callable[["PeftModel"], None]  # brings a new adapter to the point where training begins
@@ -45,7 +45,7 @@ class Penalty(NamedTuple):
 
 
 class Session:
-    """What a method does while its adapter trains; a plain method does nothing of its own."""
+    """What a method does while its adapter trains; by default, nothing special."""
 
     penalties: Sequence[Penalty] = ()
     clients = 1  # micro-batches of a step that share a penalty
@@ -54,21 +54,21 @@ class Session:
         self.model = model
 
     def batches(self, sampler: "Sampler[int]", batch_size: int) -> "BatchSampler | None":
-        """Return the batches of an epoch, where they are not simply consecutive."""
+        """Return the batches of an epoch; None for consecutive ones."""
 
     def micro_batch(self, number: int) -> contextlib.AbstractContextManager[None]:
         """Wrap forward and backward of the micro-batch `number` of a step."""
         return contextlib.nullcontext()
 
     def measuring(self) -> contextlib.AbstractContextManager[None]:
-        """Wrap measuring and saving: inside, the model is what the training would return now."""
+        """Wrap measuring and saving the result: inside, the model is what the training would return now."""
         return contextlib.nullcontext()
 
     def after_step(self, step: int, last: bool) -> None:
         """Act between the optimizer's step and the clearing of its gradients; `step` counts from 1."""
 
     def save(self, folder: Path) -> None:
-        """Write the adapter, and whatever else a resumed training needs, into a checkpoint."""
+        """Write the adapter, and everything else that a resumed training needs, into a checkpoint."""
         save_adapter(self.model, folder)
 
     def load(self, folder: Path) -> None:
@@ -102,15 +102,15 @@ class Method(Block):
         """Return the PEFT configuration for a training of so many steps; ConfigError if it must know them."""
         raise NotImplementedError
 
-    def continued_config(self, given: Mapping[str, Any]) -> "PeftConfig":
-        """Return the configuration of a training that carries on an adapter, whose own configuration is `given`."""
+    def continued_config(self, stored: Mapping[str, Any]) -> "PeftConfig":
+        """Return the configuration of a training that carries on an adapter, whose own configuration is `stored`."""
         return self.peft_config()
 
     def check_layer(self, config: Any, layer: Any) -> None:
-        """Check that a layer, a `Target`, has as many directions as `config` asks of it; ConfigError names both."""
+        """Check that a layer, a `Target`, has enough directions for `config`; ConfigError names both."""
 
     def prepare(self, config: Any, model: Any, tokenizer: Any) -> Begin | None:
-        """Measure on the bare model what the adapter needs; `config` may be changed. Return how it begins.
+        """Measure on the bare model what the adapter needs; may change `config`. Return how the adapter begins.
 
         Raises ConfigError if the settings do not fit the model, DataError if the calibration text cannot be used, and
         FactorError if a layer saw none of it, or a weight cannot be decomposed.
@@ -130,7 +130,7 @@ class Method(Block):
 
 
 class LowRank(Method):
-    """Base of the methods with low-rank factors, under PEFT's names; LoRA, begun as `peft_start` says."""
+    """Base of the methods with low-rank factors, under PEFT's names; LoRA, initialised by `peft_start`."""
 
     steering: ClassVar[tuple[str, ...]] = ("lora_dropout",)
     peft_start: ClassVar[dict[str, Any]] = {}
@@ -191,7 +191,7 @@ class FromInputs(Block):
         return None if text is None else calibration_rows(tokenizer, text, self.calibration_tokens, model)
 
     def text(self, model: Any, tokenizer: Any, **options: Any) -> "CalibrationText":
-        """Return what a bare model is measured on."""
+        """Return the text that a bare model is measured on."""
         from hiplora.tuner import CalibrationText
 
         return CalibrationText(model, self.calibration_rows(model, tokenizer), self.calibration_tokens, **options)

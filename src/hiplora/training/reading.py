@@ -21,8 +21,8 @@ from hiplora.training.adapt import start_problem
 from hiplora.training.baselines import METHODS
 from hiplora.training.recipe import DEFAULTS, TrainRecipe, TrainSettings, expand_short_forms
 
-# Our names → those of PEFT, transformers, TRL and axolotl.
-ELSEWHERE = {
+# The recipe's names → those of PEFT, transformers, TRL and axolotl.
+NAMES_ELSEWHERE = {
     "model": "base_model model_name_or_path model_id base_model_name_or_path",
     "data": "datasets dataset dataset_name train_file",
     "data.held_out_fraction": "val_set_size test_size",
@@ -58,9 +58,10 @@ TEXTS = (("method", "calibration_text"), ("train", "kl_text"))
 def load_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> TrainRecipe:
     """Read a training recipe from YAML, put `overrides` (`train.lr=1e-4`) over it, and check all of it.
 
-    Relative paths in the file are relative to the file, those in overrides, which may be all there is, to the current
-    folder. Data files are read to the end, so that a malformed row is found before a model is loaded. What is not given
-    is as in `DEFAULTS`, or with `preset: paper` as in the paper. ConfigError lists everything that is wrong at once.
+    Relative paths in the file are relative to the file, those in overrides to the current folder; `path` None is a
+    recipe of overrides alone. Data files are read to the end, so that a malformed row is found before a model is
+    loaded. Missing fields are as in `DEFAULTS`, or with `preset: paper` as in the paper. ConfigError lists all problems
+    at once.
     """
     value: dict[str, Any] = {}
     if path is not None:
@@ -72,9 +73,10 @@ def load_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
     method = value.get("method")
     if not isinstance(method, dict) or method.get("preset") != "paper":
         for block, defaults in DEFAULTS.items():
-            if isinstance(given := value.get(block, {}), dict):
-                instead = {"epochs": None} if "epochs" in defaults and given.get("steps") is not None else {}
-                value[block] = {**defaults, **instead, **given}
+            fields = value.get(block, {})
+            if isinstance(fields, dict):
+                no_epochs = {"epochs": None} if "epochs" in defaults and fields.get("steps") is not None else {}
+                value[block] = {**defaults, **no_epochs, **fields}
     problems = [problem] if (problem := model_problem(value.get("model"))) else []
     try:
         recipe = TrainRecipe.model_validate(value)
@@ -87,7 +89,7 @@ def load_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
 
 
 def model_problem(model: Any) -> str | None:
-    """Say what is wrong with a model's folder; a name on the hub is trusted until it is loaded."""
+    """Return what is wrong with a model's folder; a name on the hub is trusted until it is loaded."""
     if not isinstance(model, str) or not _is_path(model):
         return None
     if not Path(model).is_dir():
@@ -98,7 +100,7 @@ def model_problem(model: Any) -> str | None:
 
 
 def _file_problems(recipe: TrainRecipe) -> list[str]:
-    """Say what is wrong with the files that a recipe names."""
+    """Return what is wrong with the files that a recipe names."""
     problems = []
     bad: list[str] | None = [] if recipe.data.skip_bad_rows else None
     formats = dict.fromkeys(("data.path", "data.held_out"), recipe.data.format)
@@ -128,12 +130,12 @@ def absolute_paths(value: dict[str, Any], folder: Path) -> dict[str, Any]:
     value = {key: dict(block) if isinstance(block, dict) else block for key, block in value.items()}
     for loc in (("", "model"), *PATHS, *TEXTS):
         block: Any = value.get(loc[0]) if loc[0] else value
-        given = block.get(loc[1]) if isinstance(block, dict) else None
-        if not isinstance(given, str) or not given:
+        path = block.get(loc[1]) if isinstance(block, dict) else None
+        if not isinstance(path, str) or not path:
             continue
-        on_the_hub = not _is_path(given) if loc[1] == "model" else is_hub_name(given)
-        if loc in PATHS or not on_the_hub or os.path.exists(absolute(given)):
-            block[loc[1]] = absolute(given)
+        on_the_hub = not _is_path(path) if loc[1] == "model" else is_hub_name(path)
+        if loc in PATHS or not on_the_hub or os.path.exists(absolute(path)):
+            block[loc[1]] = absolute(path)
     data = value.get("data")
     if isinstance(data, dict) and isinstance(data.get("mix"), dict):
         data["mix"] = {absolute(str(path)): weight for path, weight in data["mix"].items()}
@@ -141,7 +143,7 @@ def absolute_paths(value: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; ConfigError if the file is missing or unreadable, or has something else."""
+    """Read a YAML mapping; ConfigError if the file is missing, unreadable or no mapping."""
     try:
         value = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -184,7 +186,7 @@ def described(error: ValidationError, root: type[BaseModel]) -> list[str]:
     """Return a line for everything that pydantic found in a recipe of the model `root`."""
     schema = root.model_json_schema()
     known = {name for block in (schema, *schema["$defs"].values()) for name in block.get("properties", ())}
-    found: dict[str, str] = {}
+    problems: dict[str, str] = {}
     for details in error.errors():
         # Without pydantic's labels of union members: method names, `int`, `list[str]`.
         pairs = zip((None, *details["loc"]), details["loc"], strict=False)
@@ -192,35 +194,35 @@ def described(error: ValidationError, root: type[BaseModel]) -> list[str]:
         loc = [part for part in loc if not re.fullmatch(r"(int|float|str|bool|constrained-.*|.*\[.*)", part)]
         name, field = ".".join(loc), loc[-1] if loc else ""
         message = _message(details, field, "method" in loc, known - {field})
-        found.setdefault(name, f"{name}: {message}" if name else message)
-    return list(found.values())
+        problems.setdefault(name, f"{name}: {message}" if name else message)
+    return list(problems.values())
 
 
 def _message(details: Any, name: str, in_method: bool, known: Iterable[str]) -> str:
-    kind, given = details["type"], details.get("input")
+    kind, value = details["type"], details.get("input")
     if kind == "extra_forbidden":
         owners = [title for title, method in METHODS.items() if name in method.model_fields]
         if in_method and owners:
             return f"not a field of this method but of {', '.join(owners)}; remove it or change method.name"
         blocks = {"data": DataSettings.model_fields, "train": TrainSettings.model_fields}
-        near = [f"{block}.{name}" for block, fields in blocks.items() if name in fields]
-        near = near or [ours for ours, theirs in ELSEWHERE.items() if name in theirs.split()]
-        near = near or difflib.get_close_matches(name, [*known], n=1)
-        return f"unknown field; did you mean `{near[0]}`?" if near else "unknown field; remove it"
+        similar = [f"{block}.{name}" for block, fields in blocks.items() if name in fields]
+        similar = similar or [ours for ours, theirs in NAMES_ELSEWHERE.items() if name in theirs.split()]
+        similar = similar or difflib.get_close_matches(name, [*known], n=1)
+        return f"unknown field; did you mean `{similar[0]}`?" if similar else "unknown field; remove it"
     if kind == "union_tag_invalid":
-        tag = str(given.get("name") if isinstance(given, dict) else given)
-        near = difflib.get_close_matches(tag, METHODS, n=1)
-        meant = f"; did you mean `{near[0]}`?" if near else ""
-        return f"unknown method {tag!r}; expected one of {', '.join(METHODS)}{meant}"
+        method = str(value.get("name") if isinstance(value, dict) else value)
+        similar = difflib.get_close_matches(method, METHODS, n=1)
+        suggestion = f"; did you mean `{similar[0]}`?" if similar else ""
+        return f"unknown method {method!r}; expected one of {', '.join(METHODS)}{suggestion}"
     if kind == "value_error":
         return str(details["ctx"]["error"])
     if kind == "missing":
         return f"is missing; add `{name}:`"
-    return f"{details['msg'].replace('Input should', 'should', 1)}, found {given!r}"
+    return f"{details['msg'].replace('Input should', 'should', 1)}, found {value!r}"
 
 
 def commented(model: str, data: str) -> str:
-    """Return a recipe in YAML with the fields that matter first, each with what it means."""
+    """Return a recipe in YAML of the fields that matter most, each with its meaning."""
     method = METHODS["hiplora"]
     blocks: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
         "data": (DataSettings, {"path": data, "held_out_fraction": 0.1}),

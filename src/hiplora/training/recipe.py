@@ -1,7 +1,7 @@
-"""The training recipe: a YAML file that says what to train, on what and how, checked before a model is loaded.
+"""The training recipe: a YAML file with model, data, method and training settings, checked before a model is loaded.
 
-The fields' defaults of `train` are the paper's (Appendix B), as studies and `preset: paper` use them; `load_recipe`
-puts `DEFAULTS` in their place for a user's own data. Nothing here imports torch.
+The defaults of the `train` fields are the paper's (Appendix B), for studies and `preset: paper`; `load_recipe` replaces
+them by `DEFAULTS` for a user's own data. Nothing here imports torch.
 """
 
 import math
@@ -129,7 +129,7 @@ class TrainSettings(Block):
         return self
 
     def warmup_steps(self, steps: int) -> int:
-        """Return how many of so many steps are the warm-up."""
+        """Return the number of warm-up steps of a training of so many steps."""
         return math.ceil(self.warmup_ratio * steps)
 
 
@@ -166,10 +166,10 @@ class TrainRecipe(Block):
         if train.load_in_4bit and self.method.moves_base:
             why = f"holds weights that {self.method.name} moves"
             raise ValueError(f"`train.load_in_4bit` {why}; remove it, or use another method")
-        compared = [name for name in ("kl_weight", "masked_kl_weight", "max_drift") if getattr(train, name)]
-        if self.method.moves_base and compared:
+        comparisons = [name for name in ("kl_weight", "masked_kl_weight", "max_drift") if getattr(train, name)]
+        if self.method.moves_base and comparisons:
             why = f"compares with the base model, whose weights {self.method.name} moves"
-            raise ValueError(f"`train.{compared[0]}` {why}; remove it, or use another method")
+            raise ValueError(f"`train.{comparisons[0]}` {why}; remove it, or use another method")
         if self.widens and train.max_drift is not None:
             why = "compares with the base, which a widened training changes"
             raise ValueError(f"`train.max_drift` {why}; remove it, or set `train.widen: false`")
@@ -178,11 +178,11 @@ class TrainRecipe(Block):
 
     @property
     def widens(self) -> bool:
-        """Whether the training carries on from an adapter and protects that one's task too."""
+        """Whether the training carries on from an adapter and protects that adapter's task too."""
         return bool(self.train.start_from and self.train.widen and getattr(self.method, "widens", False))
 
     def inputs(self) -> dict[str, str | None]:
-        """Return the files, folders and names on the hub that are read, by the fields that name them."""
+        """Return the files, folders and hub names that the training reads, by field."""
         return {
             "model": self.model,
             "data.path": self.data.path,
@@ -201,7 +201,7 @@ class TrainRecipe(Block):
 
 
 def expand_short_forms(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `method: lora` and `data: rows.jsonl` or `data: owner/name` out as blocks; HiP-LoRA needs no name."""
+    """Expand `method: lora` and `data: rows.jsonl` or `data: owner/name` into blocks; HiP-LoRA needs no name."""
     value = dict(value)
     if isinstance(value.get("data"), (str, os.PathLike)):
         data = os.fspath(value["data"])

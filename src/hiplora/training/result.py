@@ -1,4 +1,4 @@
-"""What a training run measured, read back from its folder, and the model card made of it."""
+"""The measurements of a training run, read back from its folder, and the model card made from them."""
 
 import json
 import os
@@ -42,7 +42,7 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0]))
 ```
 
-Ask as it was trained: {asked}.
+Ask as it was trained: {wording}.
 
 {loading}
 
@@ -94,8 +94,8 @@ class TrainResult:
 
     def summary(self) -> dict[str, Any]:
         """Return the numbers as JSON values, without the folder and the rows."""
-        kept = {name: value for name, value in vars(self).items() if name not in ("adapter", "metrics")}
-        return {**kept, "tokens_per_second": self.tokens_per_second, "final_loss": self.final_loss}
+        values = {name: value for name, value in vars(self).items() if name not in ("adapter", "metrics")}
+        return {**values, "tokens_per_second": self.tokens_per_second, "final_loss": self.final_loss}
 
     @classmethod
     def read(cls, folder: Path) -> "TrainResult":
@@ -104,12 +104,12 @@ class TrainResult:
             file = PROVENANCE_FILE
             text = (folder / file).read_text(encoding="utf-8")
             stored = {**json.loads(text)["result"], "adapter": folder, "metrics": []}
-            found = cls(**{item.name: stored[item.name] for item in fields(cls) if item.name in stored})
+            result = cls(**{item.name: stored[item.name] for item in fields(cls) if item.name in stored})
             file = METRICS_FILE
-            found.metrics.extend(read_metrics(folder))
-            if not any("loss" in row for row in found.metrics):
+            result.metrics.extend(read_metrics(folder))
+            if not any("loss" in row for row in result.metrics):
                 raise ValueError("no loss in it")
-            return found
+            return result
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             what = f"{folder / file}: is missing or damaged ({first_line(error)})"
             raise HipLoraError(f"{what}; put it back, or pass --overwrite to train again") from error
@@ -125,9 +125,9 @@ def result_rows(result: TrainResult) -> list[tuple[str, str]]:
     rows = [("steps", f"{result.steps:,}"), ("training loss at the end", f"{result.final_loss:.4f}")]
     if result.held_out:
         rows.append(("held-out loss", f"{result.held_out['before']:.4f} → {result.held_out['after']:.4f}"))
-    for text, found in (result.drift or {}).items():
-        changed = f"{found['greedy_changed']:.1%} of the next tokens changed"
-        rows.append((f"drift from the base on {text}", f"KL {found['kl']:.2g} nats a token, {changed}"))
+    for text, drift in (result.drift or {}).items():
+        changed = f"{drift['greedy_changed']:.1%} of the next tokens changed"
+        rows.append((f"drift from the base on {text}", f"KL {drift['kl']:.2g} nats a token, {changed}"))
     return [
         *rows,
         ("tokens", f"{result.tokens:,}"),
@@ -140,14 +140,13 @@ def result_rows(result: TrainResult) -> list[tuple[str, str]]:
 
 def model_card(recipe: "TrainRecipe", result: TrainResult, example: Example) -> str:
     """Return the card, with the prompt of a training row as the example of use; of a path it has only the last part."""
-    method, values = recipe.method, recipe.values()
-    values = _without_folders(values)
-    asked = "with prompts worded like this one" if example.prompt else "it continues plain text"
+    method, values = recipe.method, _without_folders(recipe.values())
+    wording = "with prompts worded like this one" if example.prompt else "it continues plain text"
     prompt = f'inputs = tokenizer({example.prompt or "…"!r}, return_tensors="pt")'
     if example.messages:
-        asked = "through the tokenizer's chat template"
-        given = '[{"role": "user", "content": "…"}], add_generation_prompt=True, return_tensors="pt", return_dict=True'
-        prompt = f"inputs = tokenizer.apply_chat_template({given})"
+        wording = "through the tokenizer's chat template"
+        chat = '[{"role": "user", "content": "…"}], add_generation_prompt=True, return_tensors="pt", return_dict=True'
+        prompt = f"inputs = tokenizer.apply_chat_template({chat})"
     front: dict[str, Any] = {"base_model": hub_name(values["model"]), "library_name": "peft"}
     front["tags"] = [*dict.fromkeys(("peft", method.name, "hiplora"))]
     return CARD.format(
@@ -155,7 +154,7 @@ def model_card(recipe: "TrainRecipe", result: TrainResult, example: Example) -> 
         quoted=json.dumps(values["model"], ensure_ascii=False),
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         prompt=prompt,
-        asked=asked,
+        wording=wording,
         method=method,
         results="\n".join(f"| {name} | {value} |" for name, value in result_rows(result)),
         register="" if method.kind else "import hiplora  # teaches PEFT the method\n",
@@ -165,11 +164,11 @@ def model_card(recipe: "TrainRecipe", result: TrainResult, example: Example) -> 
 
 
 def _without_folders(value: Any) -> Any:
-    """Return a recipe's values with the last part of each absolute path, which says whose machine it was."""
+    """Return a recipe's values with only the last part of each absolute path: the rest reveals the user's machine."""
     if isinstance(value, dict):
-        return {_without_folders(key): _without_folders(one) for key, one in value.items()}
+        return {_without_folders(key): _without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_folders(one) for one in value]
+        return [_without_folders(item) for item in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 

@@ -1,4 +1,4 @@
-"""The tokenized rows of a recipe: what is trained on, and a preview of it."""
+"""The tokenized rows that a recipe trains on, and a preview of them."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from hiplora.training.recipe import TrainRecipe
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Training and held-out rows as tokens, what the user should know about them, and counts of the training rows.
+# Training and held-out rows as tokens, notes for the user, and counts of the training rows.
 Rows = tuple[list[dict[str, list[int]]], list[dict[str, list[int]]], list[str], EncodingReport]
 
 
@@ -29,15 +29,15 @@ def tokenized(recipe: TrainRecipe, data: TrainingData, tokenizer: Any, model: An
     notes = [*data.notes, *report.warnings(length), *_too_long(rows, model)]
     held_out: list[dict[str, list[int]]] = []
     if data.held_out:
-        held_out, found = encode_examples(tokenizer, data.held_out, length, bad)
-        notes += [f"held out: {note}" for note in found.warnings(length)]
+        held_out, held_out_report = encode_examples(tokenizer, data.held_out, length, bad)
+        notes += [f"held out: {note}" for note in held_out_report.warnings(length)]
     return rows, held_out, [*notes, *skipped(bad)], report
 
 
 def sequences(
     recipe: TrainRecipe, encoded: Rows, model: Any
 ) -> "tuple[Dataset, Dataset | None, list[str], dict[str, int]]":
-    """Return the training and held-out sequences, what the user should know about them, and counts."""
+    """Return the training and held-out sequences, notes for the user, and counts."""
     from datasets import Dataset
     from trl.data_utils import pack_dataset
 
@@ -46,10 +46,10 @@ def sequences(
     settings, length = recipe.train, within_context(recipe.train.max_length, model)
     rows, held_out, notes, report = encoded
     if settings.token_weight == "stm":
-        taken = mask_unlikely(model, rows)
-        if taken == report.learned_tokens:
+        removed = mask_unlikely(model, rows)
+        if removed == report.learned_tokens:
             raise DataError("train.token_weight: stm leaves no token to learn: the model finds all of them unlikely")
-        notes.append(f"stm leaves out {taken:,} of {report.learned_tokens:,} tokens")
+        notes.append(f"stm leaves out {removed:,} of {report.learned_tokens:,} tokens")
     if settings.replay:
         rows += replay_rows(model, math.ceil(settings.replay / (1 - settings.replay) * len(rows)), length)
     sets = [Dataset.from_list(part) for part in (rows, held_out) if part]
@@ -65,7 +65,7 @@ def sequences(
 
 
 def _too_long(rows: list[dict[str, list[int]]], model: Any) -> list[str]:
-    """Say how many rows go on beyond what the model was made for, where its positions let them."""
+    """Return a note if rows are longer than the context that the model was made for, where its positions allow it."""
     context = context_length(model)
     count = sum(len(row["input_ids"]) > context for row in rows) if context else 0
     what = f"{count} of {len(rows)} rows are longer than the {context} tokens that the model was made for"
@@ -79,28 +79,29 @@ def keeps_rows_apart(model: Any) -> bool:
     """
     import torch
 
-    ids, places = torch.arange(16, device=model.device) % 11, torch.arange(16, device=model.device) % 8
+    ids, positions = torch.arange(16, device=model.device) % 11, torch.arange(16, device=model.device) % 8
     vocabulary, limit = model.config.get_text_config().vocab_size, position_limit(model) or 0
-    masks = any(one.dim() == 4 and one.shape[-1] == limit for one in model.buffers())
-    which = torch.arange(16, device=model.device, dtype=torch.int32) // 8  # TRL says too which row a token is of
+    has_mask_buffer = any(buffer.dim() == 4 and buffer.shape[-1] == limit for buffer in model.buffers())
+    rows = torch.arange(16, device=model.device, dtype=torch.int32) // 8  # TRL gives the row of each token too
     try:
         with torch.no_grad():
-            given = {"position_ids": places[None], "seq_idx": which[None], "use_cache": False}
-            both = model(input_ids=ids[None] % vocabulary, **given).logits[0, 8:]
+            packed = {"position_ids": positions[None], "seq_idx": rows[None], "use_cache": False}
+            both = model(input_ids=ids[None] % vocabulary, **packed).logits[0, 8:]
             alone = model(input_ids=ids[None, 8:] % vocabulary, use_cache=False).logits[0]
-            if masks:  # which may be for so many tokens at most, whatever their positions
-                places = torch.arange(limit + 1, device=model.device) % limit
-                model(input_ids=places[None] % vocabulary, position_ids=places[None], use_cache=False)
+            if has_mask_buffer:  # which may limit the tokens of a sequence, whatever their positions
+                positions = torch.arange(limit + 1, device=model.device) % limit
+                model(input_ids=positions[None] % vocabulary, position_ids=positions[None], use_cache=False)
     except (ValueError, TypeError, RuntimeError):  # refused, or no position ids
         return False
-    close = 1e-3 if alone.dtype == torch.float32 else 3e-2
-    return bool((both - alone).abs().max() <= close * alone.abs().max())
+    tolerance = 1e-3 if alone.dtype == torch.float32 else 3e-2
+    return bool((both - alone).abs().max() <= tolerance * alone.abs().max())
 
 
 def preview(recipe: TrainRecipe, count: int) -> tuple[dict[str, Any], str]:
-    """Return what a recipe would train on, for machines and people.
+    """Return a preview of what a recipe trains on: a record for machines, and a text.
 
-    `count` tokenized rows, what is learned in ⟦ ⟧, and the cost. Raises what is found before a model is loaded.
+    It has `count` tokenized rows, with what is learned in ⟦ ⟧, and the cost. Raises the errors of the recipe and the
+    data that `train` finds before it loads a model.
     """
     bare = check_fit(recipe)
     tokenizer, settings = load_tokenizer(recipe.model), recipe.train
@@ -111,10 +112,10 @@ def preview(recipe: TrainRecipe, count: int) -> tuple[dict[str, Any], str]:
     learned = f"{report.learned_tokens:,} of {report.tokens:,} tokens are learned"
     steps = None if settings.packing and settings.steps is None else count_steps(recipe, len(rows))
     batch = settings.batch_size * settings.gradient_accumulation
-    read = (settings.epochs or 1) * report.tokens
+    tokens = (settings.epochs or 1) * report.tokens
     if settings.steps is not None:
-        read = settings.steps * batch * (length if settings.packing else report.tokens / len(rows))
-    seconds = rough_seconds(bare, read)
+        tokens = settings.steps * batch * (length if settings.packing else report.tokens / len(rows))
+    seconds = rough_seconds(bare, tokens)
     cost = f"{steps or 'fewer, longer'} steps of {batch} sequences, roughly {duration(seconds)} here"
     lines = [f"row {number}\n{text}\n" for number, text in enumerate(texts, 1)]
     lines += [f"{report.sequences:,} rows, {learned}; {cost}", *notes]
@@ -123,7 +124,7 @@ def preview(recipe: TrainRecipe, count: int) -> tuple[dict[str, Any], str]:
 
 
 def rough_seconds(bare: Any, tokens: float) -> float:
-    """Estimate how long a training reads so many tokens, from the size of a model and a product that is timed here."""
+    """Estimate the seconds of a training on so many tokens, from the size of a model and the time of one product."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -132,13 +133,13 @@ def rough_seconds(bare: Any, tokens: float) -> float:
     for _ in range(3):  # the first warms up
         began = time.perf_counter()
         float((x @ weight)[0, 0])
-    a_product = (time.perf_counter() - began) / (512 * 1024 * 1024)
-    linear = [one for one in bare.modules() if isinstance(one, (torch.nn.Linear, Conv1D))]
-    return 2 * tokens * a_product * sum(one.weight.numel() for one in linear)  # forward, and backward to the inputs
+    per_product = (time.perf_counter() - began) / (512 * 1024 * 1024)
+    layers = [module for module in bare.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    return 2 * tokens * per_product * sum(layer.weight.numel() for layer in layers)  # forward, backward to the inputs
 
 
 def duration(seconds: float) -> str:
-    """Return a time as one reads it: 40 s, 3 min, 2.5 h."""
+    """Format a time for reading: 40 s, 3 min, 2.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

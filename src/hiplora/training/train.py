@@ -86,8 +86,8 @@ def train(
     rows = tokenized(recipe, data, tokenizer, bare)
     sources = dict(data.sources)
     if recipe.train.start_from is not None:
-        given = Path(recipe.train.start_from)
-        sources["start"] = {"folder": given.name, "sha256": file_sha256(given / WEIGHTS_FILE)}
+        start = Path(recipe.train.start_from)
+        sources["start"] = {"folder": start.name, "sha256": file_sha256(start / WEIGHTS_FILE)}
     processes = PartialState(cpu=not torch.cuda.is_available())
     processes.wait_for_everyone()  # all have looked at the folder before the first one writes
     with contextlib.ExitStack() as stack:
@@ -117,7 +117,7 @@ def train(
 def _trainer(
     recipe: TrainRecipe, out: Path, encoded: Rows, callbacks: "Sequence[TrainerCallback]", description: str
 ) -> "tuple[AdapterTrainer, list[str], dict[str, int]]":
-    """Return the trainer of an adapted model, what the user should know about the data, and counts of them."""
+    """Return the trainer of an adapted model, notes for the user on the data, and counts of rows and tokens."""
     import torch
     from accelerate import PartialState
 
@@ -133,12 +133,12 @@ def _trainer(
     model, tokenizer = load(
         recipe.model, torch_dtype(settings.dtype), processes.device if settings.load_in_4bit else None
     )
-    keep_unpacked(model)  # what is measured before the adapter is on must be what is measured after
+    keep_unpacked(model)  # so that the model computes the same before and after the adapter is put on
     if torch.cuda.is_available():
-        if not settings.load_in_4bit:  # such a model is there already
+        if not settings.load_in_4bit:  # such a model is on the device already
             model.to(processes.device)
         torch.cuda.reset_peak_memory_stats()
-    # Packed rows must be flattened. On a CPU the others are too, which saves the padding.
+    # Packed rows must be flattened. On a CPU other rows are too, which saves the padding.
     flat = (settings.packing or not torch.cuda.is_available()) and keeps_rows_apart(model)
     if settings.packing and not flat:
         kind = type(model).__name__
@@ -146,17 +146,19 @@ def _trainer(
     reference = None
     if settings.drift_tokens and not method.moves_base and not recipe.widens:
         reference = BaseReference.build(model, tokenizer, drift_texts(), max_tokens=settings.drift_tokens)
-    with processes.main_process_first():  # which samples and calibrates; the others read its results from the cache
+    with processes.main_process_first():  # it samples and calibrates; the others read its results from the cache
         rows, held_out, notes, encoding = sequences(recipe, encoded, model)
         steps, penalty = count_steps(recipe, len(rows)), kl_penalty(recipe, model, tokenizer)
-        given = Path(settings.start_from) if settings.start_from else None
-        if given and recipe.widens:
-            adapted = put_on_widened(method, model, tokenizer, given, seed=recipe.seed, steps=steps)
+        finished = Path(settings.start_from) if settings.start_from else None
+        if finished and recipe.widens:
+            adapted = put_on_widened(method, model, tokenizer, finished, seed=recipe.seed, steps=steps)
         else:
             start = out / "checkpoints" / "start"
-            adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=start, steps=steps, given=given)
+            adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=start, steps=steps, start_from=finished)
     session = method.session(adapted, len(rows))
-    own = TokenLoss(settings.token_weight, settings.masked_kl_weight)
+    token_loss = TokenLoss(settings.token_weight, settings.masked_kl_weight)
+    # TRL's loss needs the model below the output head, which some do not name, as Llama 3.2 Vision's for text.
+    trl_loss_fits = token_loss.kind not in ("eaft", "dft") and not token_loss.own_kl and model.base_model is not model
     trainer = AdapterTrainer(
         model=adapted,
         args=_arguments(recipe, out / "checkpoints", steps, flat),
@@ -167,8 +169,7 @@ def _trainer(
         session=session,
         record=Record(out, settings, description),
         penalties=[*([penalty] if penalty else []), *session.penalties],
-        # TRL's loss needs the model below the output head, which some do not name, as Llama 3.2 Vision's for text.
-        token_loss=own if own.kind in ("eaft", "dft") or own.own_kl or model.base_model is model else None,
+        token_loss=None if trl_loss_fits else token_loss,
         reference=reference,
     )
     return trainer, notes, encoding
@@ -177,7 +178,7 @@ def _trainer(
 def _run(
     recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", notes: list[str], data: dict[str, Any]
 ) -> TrainResult:
-    """Train, from the last checkpoint if there is one, and return to the step whose adapter is the result."""
+    """Train, from the last checkpoint if there is one, and go back to the step whose adapter is the result."""
     from hiplora.training.trainer import last_checkpoint
 
     record, steps, main = trainer.record, trainer.args.max_steps, trainer.is_world_process_zero()
@@ -185,8 +186,8 @@ def _run(
         log.warning("%s", note)
     last = last_checkpoint(out / "checkpoints")
     if log.isEnabledFor(logging.INFO) and main:
-        kept = data["encoding"]["examples"] - data["encoding"]["left_out"]
-        log.info("%s", f"{kept:,} rows, {_cost(recipe, trainer)}")
+        used = data["encoding"]["examples"] - data["encoding"]["left_out"]
+        log.info("%s", f"{used:,} rows, {_cost(recipe, trainer)}")
     with _stoppable(record):
         if last is not None:
             log.warning("carrying on from step %s of %s", last.name.rpartition("-")[2], steps)
@@ -241,22 +242,22 @@ def _stoppable(record: Any) -> Iterator[None]:
         log.warning("stopping after this step, with a checkpoint; once more stops at once")
 
     main = threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1"
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if main}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def _assemble(recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", result: TrainResult, example: Any) -> None:
-    """Write the adapter, its card and its provenance aside, then move them into place, the configuration last."""
+    """Write the adapter, its card and its provenance to a staging folder, then move them, the configuration last."""
     from safetensors.torch import load_file
 
     from hiplora.training.widen import join_saved
 
     values = recipe.values()
-    made = provenance(
+    origin = provenance(
         recipe=values,
         recipe_sha256=json_sha256(values),
         seed=recipe.seed,
@@ -264,21 +265,22 @@ def _assemble(recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", result:
         device=str(trainer.args.device),
         result=result.summary(),
     )
-    aside = out / ".final.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    save_trained(recipe.method, trainer.model, aside, out / "checkpoints" / "start")
+    staged = out / ".final.part"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    with trainer.session.measuring():
+        save_trained(recipe.method, trainer.model, staged, out / "checkpoints" / "start")
     if recipe.widens:
-        join_saved(aside, Path(str(recipe.train.start_from)))
-    for name, value in load_file(aside / WEIGHTS_FILE).items():
+        join_saved(staged, Path(str(recipe.train.start_from)))
+    for name, value in load_file(staged / WEIGHTS_FILE).items():
         if not value.isfinite().all():
             raise DivergedError(f"the trained adapter is not finite ({name}); lower train.lr, and pass --overwrite")
-    write_atomic(aside / "README.md", model_card(recipe, result, example))
-    write_atomic(aside / PROVENANCE_FILE, json.dumps(made, indent=2) + "\n")
+    write_atomic(staged / "README.md", model_card(recipe, result, example))
+    write_atomic(staged / PROVENANCE_FILE, json.dumps(origin, indent=2) + "\n")
     os.sync()
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+    for path in sorted(staged.iterdir(), key=lambda path: path.name == CONFIG_FILE):
         path.replace(out / path.name)
-    aside.rmdir()
+    staged.rmdir()
 
 
 def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:

@@ -31,11 +31,11 @@ from hiplora.training.sequences import duration
 from hiplora.tuner import base_only
 
 log = logging.getLogger("hiplora.training")
-# TRL's, for report_to; a resumed run counts them anew.
-TRLS = ("entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
+# TRL's metrics, for report_to; a resumed run counts them anew.
+TRL_METRICS = ("entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
 PROGRESS_FILE = "progress.json"
-HASHES_FILE = "hashes.json"  # of the others; the last file of a checkpoint: one without it is not whole
-WHOLE = {PROGRESS_FILE, "trainer_state.json", WEIGHTS_FILE}  # what no checkpoint lacks
+HASHES_FILE = "hashes.json"  # of the other files; written last: a checkpoint without it is incomplete
+REQUIRED_FILES = {PROGRESS_FILE, "trainer_state.json", WEIGHTS_FILE}  # of every checkpoint
 PLAIN_LOSS = TokenLoss("none", 0.0)  # without a router's loss, as the Trainer's has it
 
 
@@ -52,7 +52,7 @@ class AdapterTrainer(SFTTrainer):
         reference: BaseReference | None = None,
         **kwargs: Any,
     ):
-        """Take what SFTTrainer does, what is added to its loss or replaces it, and what to measure drift from."""
+        """Take SFTTrainer's arguments, what is added to its loss or replaces it, and what to measure drift from."""
         self.session, self.record, self.penalties = session, record, penalties
         self.token_loss, self.reference = token_loss, reference
         super().__init__(*args, **kwargs)
@@ -86,14 +86,14 @@ class AdapterTrainer(SFTTrainer):
         """Return the Trainer's schedule, its warm-up one step further on if the recipe says so."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.record.settings.nonzero_warmup and self.args.warmup_steps:
-            warm, factors = self.args.warmup_steps, scheduler.lr_lambdas
-            scheduler.lr_lambdas = [lambda step, at=at: at(step + (step < warm)) for at in factors]
+            warmup, lambdas = self.args.warmup_steps, scheduler.lr_lambdas
+            scheduler.lr_lambdas = [lambda step, factor=factor: factor(step + (step < warmup)) for factor in lambdas]
             scheduler.last_epoch = -1
             scheduler._initial_step()
         return scheduler
 
     def seconds_per_token(self) -> float:
-        """Time forward and backward on the first rows; nothing is changed by it."""
+        """Time forward and backward on the first rows; change nothing."""
         rows = [self.train_dataset[index] for index in range(min(self.args.train_batch_size, len(self.train_dataset)))]
         inputs = self._prepare_inputs(self.data_collator(rows))
         tokens = inputs["input_ids"].numel()
@@ -114,7 +114,7 @@ class AdapterTrainer(SFTTrainer):
         try:
             with self.session.measuring():
                 off = functools.partial(base_only, self.model)
-                found = measure_drift(self.model, self.reference, off, may_be_nothing=True)
+                drifts = measure_drift(self.model, self.reference, off, may_be_nothing=True)
         except AdapterError as error:
             if self.record.settings.max_drift is not None:
                 raise
@@ -123,7 +123,7 @@ class AdapterTrainer(SFTTrainer):
         finally:
             if autocast is not None:
                 self.model.forward = autocast
-        return {name: one.as_dict() for name, one in found.items()}
+        return {name: drift.as_dict() for name, drift in drifts.items()}
 
     def carry_on(self, checkpoint: Path) -> None:
         """Train on from a checkpoint."""
@@ -170,10 +170,9 @@ class AdapterTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        with self.session.measuring():
-            self.session.save(folder)
-        kept = {name: getattr(self.record, name) for name in ("tokens", "seconds", "losses", "penalties")}
-        write_atomic(folder / PROGRESS_FILE, json.dumps(kept))
+        self.session.save(folder)
+        progress = {name: getattr(self.record, name) for name in ("tokens", "seconds", "losses", "penalties")}
+        write_atomic(folder / PROGRESS_FILE, json.dumps(progress))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.session.load(Path(resume_from_checkpoint))
@@ -203,7 +202,7 @@ class Record(TrainerCallback):
     def rows(self) -> list[Row]:
         """The rows so far."""
         rows = [row for row in self.trainer.state.log_history if "loss" in row or "held_out_loss" in row]
-        return [{name: value for name, value in row.items() if name not in TRLS} for row in rows]
+        return [{name: value for name, value in row.items() if name not in TRL_METRICS} for row in rows]
 
     def add(self, loss: Tensor, tokens: int) -> None:
         """Add a micro-batch: its share of the step's loss, and its tokens."""
@@ -215,9 +214,13 @@ class Record(TrainerCallback):
         """Drop rows that were written after the checkpoint; measure the held-out loss before the first step."""
         if state.is_world_process_zero:
             write_atomic(self._folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in self.rows))
-        shown = None if state.is_world_process_zero else True
-        sizes = {"total": state.max_steps, "initial": state.global_step, "unit": " steps"}
-        self._bar = tqdm(desc=self._description, disable=shown, **sizes)
+        self._bar = tqdm(
+            desc=self._description,
+            total=state.max_steps,
+            initial=state.global_step,
+            unit=" steps",
+            disable=None if state.is_world_process_zero else True,
+        )
         if self.trainer.eval_dataset is not None and not state.global_step:
             self.trainer.log({"held_out_loss": self.trainer.held_out_loss()})
 
@@ -267,31 +270,31 @@ class Record(TrainerCallback):
 
     def _hold_drift(self, limit: float, step: int, control: Any) -> None:
         """Have a checkpoint written if the drift is small enough; else go back to the last one and end."""
-        drift = max(one["kl"] for one in (self.trainer.drift() or {}).values())
+        drift = max(text["kl"] for text in (self.trainer.drift() or {}).values())
         if drift <= limit:
             control.should_save = True
             return
-        kept = last_checkpoint(Path(str(self.trainer.args.output_dir)))
-        if kept is None:
+        checkpoint = last_checkpoint(Path(str(self.trainer.args.output_dir)))
+        if checkpoint is None:
             what = f"the drift is {drift:.2g} at step {step}, above train.max_drift {limit} when it is first measured"
             raise HipLoraError(f"{what}; lower train.lr, or measure more often with train.eval_every")
-        self.trainer.session.load(kept)
-        self.best, self.why = int(kept.name.rpartition("-")[2]), "stopped by train.max_drift"
+        self.trainer.session.load(checkpoint)
+        self.best, self.why = int(checkpoint.name.rpartition("-")[2]), "stopped by train.max_drift"
         control.should_save, control.should_training_stop = False, True
 
     def _lowest(self) -> tuple[int | None, int]:
         """Return the step with the lowest held-out loss, for `patience`, and the number of measurements since."""
         rows = self.rows if self.settings.patience else []
-        last = self.best or self.trainer.state.max_steps  # after `max_drift` what came later does not count
-        measured = [(row["held_out_loss"], row["step"]) for row in rows if "held_out_loss" in row]
-        measured = [(loss, step) for loss, step in measured if 0 < step <= last]
-        if not measured:
+        last = self.best or self.trainer.state.max_steps  # steps beyond `max_drift` do not count
+        losses = [(row["held_out_loss"], row["step"]) for row in rows if "held_out_loss" in row]
+        losses = [(loss, step) for loss, step in losses if 0 < step <= last]
+        if not losses:
             return None, 0
-        place = measured.index(min(measured))
-        return measured[place][1], len(measured) - 1 - place
+        index = losses.index(min(losses))
+        return losses[index][1], len(losses) - 1 - index
 
     def return_to_best(self) -> int:
-        """After the training: take the adapter with the lowest held-out loss, with `patience`; return its step."""
+        """With `patience`, load the adapter with the lowest held-out loss after the training; return its step."""
         done, (lowest, _) = self.best or self.trainer.state.global_step, self._lowest()
         if lowest is None or lowest == done:
             return done
@@ -303,7 +306,7 @@ class Record(TrainerCallback):
         return Path(str(self.trainer.args.output_dir)) / f"checkpoint-{step}"
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Complete a checkpoint with the hashes of its files; then remove those before it."""
+        """Complete a checkpoint with the hashes of its files; then remove the ones before it."""
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             folder, (lowest, _) = self._checkpoint(state.global_step), self._lowest()
@@ -315,8 +318,8 @@ class Record(TrainerCallback):
     def _row(self, state: TrainerState) -> Row:
         """Return the row of the steps since the last one."""
         logged = (row for row in reversed(state.log_history) if "loss" in row and "tokens" in row)
-        before = next(logged, {"tokens": 0, "seconds": 0.0})
-        speed = (self.tokens - before["tokens"]) / max(self.seconds - before["seconds"], 1e-9)
+        previous = next(logged, {"tokens": 0, "seconds": 0.0})
+        speed = (self.tokens - previous["tokens"]) / max(self.seconds - previous["seconds"], 1e-9)
         row = {
             "loss": sum(self.losses) / len(self.losses),
             **{name: total / len(self.losses) for name, total in self.penalties.items()},
@@ -330,10 +333,10 @@ class Record(TrainerCallback):
         self.losses, self.penalties = [], {}
         self._bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
         if self._bar.disable and state.is_world_process_zero:
-            left = duration((state.max_steps - state.global_step) * self.seconds / state.global_step)
-            place = f"step {state.global_step}/{state.max_steps}"
+            remaining = duration((state.max_steps - state.global_step) * self.seconds / state.global_step)
+            step = f"step {state.global_step}/{state.max_steps}"
             log.info(
-                "%s  loss %.4f  lr %.2e  %s tokens/s  %s left", place, row["loss"], self._lr, f"{speed:,.0f}", left
+                "%s  loss %.4f  lr %.2e  %s tokens/s  %s left", step, row["loss"], self._lr, f"{speed:,.0f}", remaining
             )
         return row
 
@@ -350,7 +353,7 @@ class Record(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a folder, if any; HipLoraError if a file of it is missing or changed."""
+    """Return the newest complete checkpoint of a folder, if any; HipLoraError if a file of it is missing or changed."""
     if file := next((path for path in folder.glob("checkpoint-*") if path.is_file()), None):
         raise HipLoraError(f"{file}: is damaged, a file in a checkpoint's place; remove it, or pass --overwrite")
     for path in map(Path, reversed(sort_checkpoints(str(folder)))):
@@ -361,7 +364,7 @@ def last_checkpoint(folder: Path) -> Path | None:
             continue
         except (ValueError, RecursionError):
             hashes = None
-        if not isinstance(hashes, dict) or not hashes.keys() >= WHOLE:
+        if not isinstance(hashes, dict) or not hashes.keys() >= REQUIRED_FILES:
             hashes = {HASHES_FILE: ""}
         for name, expected in hashes.items():
             if not (path / name).is_file() or file_sha256(path / name) != expected:

@@ -1,8 +1,8 @@
-"""Carrying on from a HiP-LoRA adapter without unlearning its task: what it depends on is protected too.
+"""Carrying on from a HiP-LoRA adapter without unlearning its task: the directions it depends on are protected too.
 
 The finished adapter becomes part of the weights. Text that the adapted model writes, half of it begun by prompts of the
-finished task, shows which directions it depends on now; united with those protected before they are the new basis. A
-new low-rank part is trained in its complement, and both parts are saved as one adapter of the untouched base.
+finished task, shows which directions the model depends on now; united with those protected before, they are the new
+basis. A new low-rank part is trained in its complement, and both parts are saved as one adapter of the untouched base.
 """
 
 import json
@@ -17,7 +17,7 @@ from hiplora.data.encoding import IGNORED, encode_examples
 from hiplora.data.examples import load_data
 from hiplora.data.texts import ROW_LENGTH
 from hiplora.errors import ConfigError, HipLoraError
-from hiplora.evaluation.likelihood import pad_left
+from hiplora.evaluation.likelihood import pad_left, pad_token
 from hiplora.files import write_atomic
 from hiplora.positions import within_context
 from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
@@ -25,7 +25,7 @@ from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
 if TYPE_CHECKING:
     from peft import PeftModel
 
-AT_ONCE = 20  # rows
+BATCH_SIZE = 20
 
 
 def put_on_widened(method: Any, model: Any, tokenizer: Any, folder: Path, *, seed: int, steps: int) -> "PeftModel":
@@ -41,15 +41,15 @@ def put_on_widened(method: Any, model: Any, tokenizer: Any, folder: Path, *, see
 
     adapted: Any = PeftModel.from_pretrained(model, str(folder))
     model, config = adapted.merge_and_unload(), method.peft_config(steps)
-    wider = (folder / BASIS_FILE).is_file()
-    before = load_file(folder / BASIS_FILE) if wider else _basis(load_file(folder / WEIGHTS_FILE))
+    widened = (folder / BASIS_FILE).is_file()
+    basis = load_file(folder / BASIS_FILE) if widened else _basis(load_file(folder / WEIGHTS_FILE))
     rows = written_by(model, tokenizer, folder, method.calibration_tokens)
     calibrate(model, config, rows=rows, source="the adapted model, on the finished task and at large")
     with unrolled(model):
-        for name, later in config.calibrated.items():
+        for name, measured in config.calibrated.items():
             weight = frozen_weight(model.get_submodule(name)).float()
-            old = (before[f"{name}.U"].to(weight), before[f"{name}.V"].to(weight))
-            config.calibrated[name] = united_factors(weight, old, later)
+            protected = (basis[f"{name}.U"].to(weight), basis[f"{name}.V"].to(weight))
+            config.calibrated[name] = united_factors(weight, protected, measured)
     config.principal_rank_pattern = {name: factors.rank for name, factors in config.calibrated.items()}
     torch.manual_seed(seed)
     return get_peft_model(model, config)
@@ -62,7 +62,7 @@ def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Te
     from hiplora.tuner import sampled_rows
 
     try:
-        recipe = TrainRecipe.model_validate(read_yaml(folder / "recipe.yaml"))  # other files of it may be gone
+        recipe = TrainRecipe.model_validate(read_yaml(folder / "recipe.yaml"))  # its other files may be gone
         data = recipe.data.model_copy(update={"held_out": None})
         examples = load_data(data, chat=bool(tokenizer.chat_template)).train
     except (HipLoraError, ValueError) as error:
@@ -72,31 +72,30 @@ def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Te
     rows = encode_examples(tokenizer, examples[: max(tokens // ROW_LENGTH, 1)], length, bad=[])[0]
     prompts = []
     for row in rows:
-        learned = next((place for place, label in enumerate(row["labels"]) if label != IGNORED), 0)
-        prompts.append(
-            torch.tensor(row["input_ids"][: max(learned, 1)][-within_context(ROW_LENGTH, model) // 2 :])
-        )  # leaves as much to write
-    found: list[Tensor] = []
+        answer = next((index for index, label in enumerate(row["labels"]) if label != IGNORED), 0)
+        prompt = torch.tensor(row["input_ids"][: max(answer, 1)])
+        prompts.append(prompt[-within_context(ROW_LENGTH, model) // 2 :])  # leaves as much to write
+    written: list[Tensor] = []
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        while len(found) < len(prompts) and sum(map(len, found)) < tokens // 2:
-            found += _continued(model, tokenizer, prompts[len(found) : len(found) + AT_ONCE])
-    return [*found, *sampled_rows(model, max(tokens - sum(map(len, found)), tokens // 2))]
+        while len(written) < len(prompts) and sum(map(len, written)) < tokens // 2:
+            written += _continued(model, tokenizer, prompts[len(written) : len(written) + BATCH_SIZE])
+    return [*written, *sampled_rows(model, max(tokens - sum(map(len, written)), tokens // 2))]
 
 
 def _continued(model: Any, tokenizer: Any, prompts: list[Tensor]) -> list[Tensor]:
     """Sample what a model writes after prompts, to the end of the text or of the row."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_token(tokenizer)
     ids, mask, _ = pad_left([prompt.tolist() for prompt in prompts], pad)
-    begun = ids.shape[1]
+    width = ids.shape[1]
     written = model.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=True, top_k=0, top_p=1.0,
-        temperature=1.0, max_new_tokens=max(within_context(ROW_LENGTH, model) - begun, 1), pad_token_id=pad,
+        temperature=1.0, max_new_tokens=max(within_context(ROW_LENGTH, model) - width, 1), pad_token_id=pad,
     ).cpu()  # fmt: skip
     rows = []
     for row, prompt in zip(written, prompts, strict=True):
-        ended = (row[begun:] == tokenizer.eos_token_id).nonzero()
-        rows.append(row[begun - len(prompt) : begun + int(ended[0]) if len(ended) else None])
+        ends = [width + i for i, token in enumerate(row[width:].tolist()) if token == tokenizer.eos_token_id]
+        rows.append(row[width - len(prompt) : ends[0] if ends else None])
     return rows
 
 
@@ -109,15 +108,15 @@ def _basis(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def join_saved(folder: Path, given: Path) -> None:
-    """Make of the adapter just saved in `folder` and the one that it carries on from a single one, of the base model.
+def join_saved(folder: Path, start_from: Path) -> None:
+    """Join the adapter just saved in `folder` with the one it carries on from, into a single adapter of the base model.
 
-    Both low-rank parts keep out of the factors of the first, which are saved with it; the wider basis goes beside them.
+    Both low-rank parts stay out of the factors of the first adapter, which are saved; the wider basis goes beside them.
     """
     from hiplora.tuner import file_names
 
-    old, new = file_names(load_file(given / WEIGHTS_FILE)), load_file(folder / WEIGHTS_FILE)
-    config = json.loads((given / CONFIG_FILE).read_text(encoding="utf-8"))
+    old, new = file_names(load_file(start_from / WEIGHTS_FILE)), load_file(folder / WEIGHTS_FILE)
+    config = json.loads((start_from / CONFIG_FILE).read_text(encoding="utf-8"))
     added = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     joined = dict(old)
     for key, tensor in new.items():

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import trl
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from hiplora.chat_template import prepare_template
@@ -99,6 +99,20 @@ def test_all_that_the_assistant_says_is_learned_and_nothing_else(template):
     unlearned = (*TALK[:2], {**TALK[2], "weight": 0}, *TALK[3:])
     for example in (Example("", "2", TALK, learn_from=4), Example("", "2", unlearned)):
         assert learned(tokenizer, example) == ["2<|eos|>"]
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_a_token_across_the_end_of_the_prompt_is_split_also_where_offsets_are_trimmed_of_blanks(trim):
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĠH"]
+    merging = Tokenizer(models.BPE(vocab={symbol: n for n, symbol in enumerate(symbols)}, merges=[("Ġ", "H")]))
+    merging.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    merging.decoder = decoders.ByteLevel()
+    merging.post_processor = ByteLevel(trim_offsets=trim)
+    merging.add_special_tokens(["<|eos|>"])
+    template = CHAT_TEMPLATE.replace("]\n", "]: ")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="<|eos|>", chat_template=template)
+    talk = ({"role": "user", "content": "One?"}, {"role": "assistant", "content": "Hi"})
+    assert learned(tokenizer, Example("", "Hi", talk)) == ["Hi<|eos|>"]
 
 
 def test_what_is_cut_and_left_out_is_counted_and_said(tokenizer):

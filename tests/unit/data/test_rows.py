@@ -8,6 +8,7 @@ import pytest
 from hiplora.data.examples import DataSettings, as_examples, load_data
 from hiplora.data.rows import check_rows, is_hub_name, read_rows
 from hiplora.errors import DataError
+from tests.tiny import write_jsonl
 
 ROWS = [{"text": "ä"}, {"text": "b"}]
 
@@ -34,8 +35,17 @@ def test_tables_and_texts_are_rows_too(tmp_path):
         ("line 3", {"question": "One?", "answer": "1,\n2"}),
         ("line 4", {"question": "Two?", "answer": "2"}),
     ]
+    (tmp_path / "a.tsv").write_text("text\nOne, two\n")  # a single column
+    assert list(read_rows(tmp_path / "a.tsv")) == [("line 2", {"text": "One, two"})]
     (tmp_path / "a.txt").write_text("All\n\nof it")
     assert [row for _, row in read_rows(tmp_path / "a.txt")] == [{"text": "All\n\nof it"}]
+
+
+@pytest.mark.parametrize("line", ['"Hi" he said,1', '"Hi,1\nBye,2'], ids=["quoted word", "open quote"])
+def test_a_csv_text_that_would_lose_quotes_or_take_in_other_rows_is_an_error_with_its_line(tmp_path, line):
+    (tmp_path / "a.csv").write_text(f"question,answer\nOk?,0\n{line}\n")
+    with pytest.raises(DataError, match=r"a\.csv, line 3: not valid CSV .* double those inside"):
+        list(read_rows(tmp_path / "a.csv"))
 
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
@@ -82,6 +92,8 @@ def test_rows_with_a_system_message_or_a_history_beside_them_are_conversations()
         [("user", "And 5?"), ("assistant", "6")],
     ]
     assert check_rows([("row 1", {**rows[2], "history": []})], "auto", "rows")[0] == "alpaca"
+    _, ((_, held_out),) = check_rows([("row 1", rows[2])], format, "rows")  # other rows of the data have a history
+    assert held_out["messages"] == made[2][1]["messages"]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +181,15 @@ def test_bad_rows_are_left_out_wherever_they_stand(tmp_path, name, content):
     data = load_data(DataSettings(path=str(tmp_path / name), skip_bad_rows=True))
     assert [(one.prompt, one.response) for one in data.train] == [("a", "b")]
     assert data.notes[0].startswith("2 rows are left out")
+
+
+def test_a_file_without_a_good_row_is_named_by_its_own_bad_rows(tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}, *[{"prompt": "a"}] * 12]
+    train, held_out = write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.jsonl", rows[1:2])
+    with pytest.raises(DataError) as raised:
+        load_data(DataSettings(path=str(train), held_out=str(held_out), skip_bad_rows=True))
+    assert "b.jsonl, line 1: completion: Field required" in str(raised.value)
+    assert "a.jsonl" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -71,27 +71,36 @@ def test_of_training_rows_prompt_and_response_stand_together(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub with one data set of many rows; returns what was asked for, and every row read."""
-    asked = []
+    """A hub with one data set of many rows, texts or (`talks`) conversations; returns the requests, and rows read."""
+    requests = []
 
-    def load_dataset(name, *how, **options):
-        asked.append((name, *how, options))
+    def load_dataset(name, config, **options):
+        requests.append((name, config, options))
         if name != "harbour/logs":
             raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
-        rows = ({"text": f"Ship {index} came in.", "id": index} for index in range(10_000))
-        return (asked.append(row) or row for row in rows)
+        texts = (f"Ship {index} came in." for index in range(10_000))
+        talk = [{"role": "user", "content": "News?"}]
+        rows = (
+            {"messages": [*talk, {"role": "assistant", "content": text}]} if config == "talks" else {"text": text}
+            for text in texts
+        )
+        return (requests.append(row) or row for row in rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return asked
+    return requests
 
 
-def test_a_data_set_on_the_hub_is_read_as_far_as_it_is_needed(hub):
-    rows = calibration_rows(tiny_tokenizer(), "harbour/logs:long", 100, tiny_llama())
-    assert text_of(rows).startswith("Ship 0 came in.\n\nShip 1 came in.")
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [("long", "Ship 0 came in.\n\nShip 1 came in."), ("talks", "News?\n\nShip 0 came in.\n\nNews?")],
+)
+def test_a_data_set_on_the_hub_is_read_as_far_as_it_is_needed(hub, config, text):
+    rows = calibration_rows(tiny_tokenizer(), f"harbour/logs:{config}", 100, tiny_llama())
+    assert text_of(rows).startswith(text)
     assert sum(map(len, rows)) == 100
-    assert hub[0] == ("harbour/logs", "long", {"split": "train", "streaming": True})
+    assert hub[0] == ("harbour/logs", config, {"split": "train", "streaming": True})
     assert len(hub) < 100
-    assert describe_source("harbour/logs:long") == "data set harbour/logs:long"
+    assert describe_source(f"harbour/logs:{config}") == f"data set harbour/logs:{config}"
 
 
 def test_a_name_that_is_nowhere_is_said_to_be_neither_file_nor_data_set(hub):

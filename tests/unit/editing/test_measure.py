@@ -6,7 +6,7 @@ import pytest
 
 from hiplora.editing import Edit, evaluate_edits
 from hiplora.editing.measure import (
-    _right,
+    _begins_with,
     answer_log_probs,
     ask,
     measure_edits,
@@ -39,9 +39,9 @@ def test_likelihoods_equal_the_token_by_token_ones_and_the_greedy_text_has_room_
 
 def test_an_exact_match_is_of_whole_words_at_the_beginning_whatever_their_form():
     written = [" Green.", " the green one", " GREEN\n", " greenish", " not green", ""]
-    assert _right(written, ["green"] * 6).tolist() == [1, 1, 1, 0, 0, 0]
+    assert _begins_with(written, ["green"] * 6).tolist() == [1, 1, 1, 0, 0, 0]
     assert normalise("  The  White-House, D.C. ") == "white house d c"
-    assert _right(["1,500 m", "3.5.", "-3", "-3", "1990-91"], ["1", "3", "3", "-3", "1990"]).tolist() == [
+    assert _begins_with(["1,500 m", "3.5.", "-3", "-3", "1990-91"], ["1", "3", "3", "-3", "1990"]).tolist() == [
         0,
         0,
         0,

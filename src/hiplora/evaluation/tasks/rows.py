@@ -1,7 +1,7 @@
 """Where the tasks' rows come from: a folder with the published benchmarks as JSON lines, or the hub.
 
-A row has the same fields wherever it is from: `question` (or `context`, `passage`, `text`), `choices` with the index of
-the right one as `answer`, or the `answer` as text.
+A row has the same fields from both: `question` (or `context`, `passage`, `text`), `choices` with the index of the right
+one as `answer`, or the `answer` as text.
 """
 
 import importlib.util
@@ -39,10 +39,10 @@ def load(file: str, hub: str = "", data: str | None = None, **settings: Any) -> 
 
 
 def own_task(name: str, file: Path, tokenizer: Any) -> dict[str, Any]:
-    """Return lm-eval's configuration of a task that consists of one's own rows, worded as `hiplora train` words them.
+    """Return lm-eval's configuration of a task of the user's own rows, worded as `hiplora train` words them.
 
-    Rows of choices are scored by the likeliest letter; of others the response is, by its likelihood and by whether it
-    is what the model writes greedily. DataError if the file or some rows cannot be used.
+    Rows with choices are scored by the likeliest letter, others by the response's likelihood and by whether the model
+    writes it greedily. DataError if the file or some rows cannot be used.
     """
     form, placed = check_rows(read_rows(file), "auto", file)
     rows = [row for _, row in placed]
@@ -50,8 +50,10 @@ def own_task(name: str, file: Path, tokenizer: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {"doc_to_text": "prompt", "doc_to_target": "answer"}
     examples = as_examples(form, placed, "auto", bool(tokenizer.chat_template))
     if form == "multiple_choice":
-        asked = zip(examples, rows, strict=True)
-        rows = [{"prompt": one.prompt, "choices": letters(row), "answer": row["answer"]} for one, row in asked]
+        rows = [
+            {"prompt": example.prompt, "choices": letters(row), "answer": row["answer"]}
+            for example, row in zip(examples, rows, strict=True)
+        ]
         settings |= {"output_type": "multiple_choice", "doc_to_choice": "choices"}
     elif form == "text":
         settings = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
@@ -101,7 +103,7 @@ def _hub(file: str, hub: str, settings: Mapping[str, Any], folder: str | None) -
     if not hub:
         raise DataError(f"{file}: is not on the hub; name the folder that has it (--data, or ${DATA_VARIABLE})")
     try:
-        found = load_dataset(hub, settings.get("hub_config"), split=settings.get("hub_split", "test"))
+        rows = load_dataset(hub, settings.get("hub_config"), split=settings.get("hub_split", "test"))
     except Exception as error:  # datasets raises what its loaders and the network raise
         lacking = f"{folder} has no {file}, and " if folder else ""
         raise DataError(
@@ -109,7 +111,7 @@ def _hub(file: str, hub: str, settings: Mapping[str, Any], folder: str | None) -
             f"{file}{SUFFIXES[0]} (--data, or ${DATA_VARIABLE})"
         ) from error
     read = READERS[settings.get("reader", "same")]
-    return [row for raw in found if (row := read(raw)) is not None]
+    return [row for raw in rows if (row := read(raw)) is not None]
 
 
 def _lettered(row: Mapping[str, Any], question: str = "question") -> Row:
@@ -124,8 +126,8 @@ def _choices(row: Mapping[str, Any], *names: str, answer: str = "label", first: 
 
 
 def _scienceqa(row: Mapping[str, Any]) -> Row | None:
-    found = with_hint(row)
-    return found and {key: found[key] for key in ("question", "choices", "answer")}
+    hinted = with_hint(row)
+    return hinted and {key: hinted[key] for key in ("question", "choices", "answer")}
 
 
 # Data sets on the hub, by the name of the `reader` in the task file; None leaves a row out.

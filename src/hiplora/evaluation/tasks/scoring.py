@@ -19,8 +19,8 @@ def number_match(row: Row, results: Sequence[str]) -> dict[str, float]:
 
 def stated_match(row: Row, results: Sequence[str]) -> dict[str, float]:
     """Whether a derivation states the answer that the solution states (`stated_answer`)."""
-    found = stated_answer(results[0])
-    return {"exact_match": float(found is not None and found == stated_answer(str(row["answer"])))}
+    answer = stated_answer(results[0])
+    return {"exact_match": float(answer is not None and answer == stated_answer(str(row["answer"])))}
 
 
 def stated_answer(text: str) -> float | str | None:

@@ -1,6 +1,6 @@
 """One file a method: its settings, how its adapter is made, and what it does while it trains.
 
-`METHODS` are those that a recipe can name: every class with a `name` in these files.
+`METHODS` are the methods that a recipe can name: every class with a `name` in these files.
 """
 
 import importlib
@@ -12,14 +12,14 @@ from pydantic import Field
 from hiplora.training.method import Method
 
 
-def _found() -> dict[str, type[Method]]:
-    modules = [importlib.import_module(found.name) for found in pkgutil.iter_modules(__path__, f"{__name__}.")]
-    kinds = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
-    methods = [kind for kind in kinds if issubclass(kind, Method) and "name" in kind.model_fields]
+def _discover() -> dict[str, type[Method]]:
+    modules = [importlib.import_module(file.name) for file in pkgutil.iter_modules(__path__, f"{__name__}.")]
+    classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
+    methods = [value for value in classes if issubclass(value, Method) and "name" in value.model_fields]
     return dict(sorted((method.model_fields["name"].default, method) for method in methods))
 
 
-METHODS = _found()
+METHODS = _discover()
 
 if TYPE_CHECKING:
     AnyMethod = Any

@@ -69,11 +69,13 @@ class AdaLoraMethod(LowRank):
             "tfinal": max(round(0.2 * steps), 1),
             "deltaT": min(max(steps // 100, 1), 10),
         }
-        found = {name: share if getattr(self, name) is None else getattr(self, name) for name, share in shares.items()}
-        if found["tinit"] + found["tfinal"] >= steps:
-            given = f"tinit {found['tinit']} and tfinal {found['tfinal']}"
-            raise ConfigError(f"adalora: {given} leave none of {steps} steps to prune in; lower them, or train longer")
-        return {"total_step": steps, **found}
+        values = {
+            name: share if getattr(self, name) is None else getattr(self, name) for name, share in shares.items()
+        }
+        if values["tinit"] + values["tfinal"] >= steps:
+            what = f"tinit {values['tinit']} and tfinal {values['tfinal']}"
+            raise ConfigError(f"adalora: {what} leave none of {steps} steps to prune in; lower them, or train longer")
+        return {"total_step": steps, **values}
 
     def check_training(self, train: "TrainSettings") -> None:
         """Check that the ranks can be pruned in the steps of the training."""
@@ -97,7 +99,7 @@ class AdaLoraMethod(LowRank):
 
 
 class AdaLoraSession(Session):
-    """AdaLoRA while it trains. Checkpoints hold what is masked for now too: PEFT may bring it back."""
+    """AdaLoRA while it trains. Checkpoints keep the masked ranks too: PEFT may bring them back."""
 
     def __init__(self, model: "PeftModel", price: float):
         super().__init__(model)
@@ -109,11 +111,27 @@ class AdaLoraSession(Session):
         """Let PEFT weigh and prune the ranks; it counts from 0."""
         self._tuner.update_and_allocate(step - 1)
 
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Mask the ranks that are pruned for now: the adapter that is returned lacks them."""
+        import torch
+
+        scales = [p for name, p in self.model.named_parameters() if f"lora_E.{ADAPTER}" in name]
+        unmasked = [p.detach().clone() for p in scales]
+        if self._config.rank_pattern:
+            self._tuner.rankallocator.mask_using_rank_pattern(self._tuner.model, self._config.rank_pattern)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, values in zip(scales, unmasked, strict=True):
+                    parameter.copy_(values)
+
     def save(self, folder: Path) -> None:
         """Save the adapter at its full ranks, the mask of ranks that are left, and the importance estimates."""
         import torch
 
-        with self._whole():
+        with self._unpruned():
             super().save(folder)
         averages = {kind: getattr(self._tuner.rankallocator, kind) for kind in AVERAGES}
         torch.save({"rank_pattern": self._config.rank_pattern, **averages}, folder / ALLOCATION_FILE)
@@ -122,7 +140,7 @@ class AdaLoraSession(Session):
         """Read what `save` wrote."""
         import torch
 
-        with self._whole():
+        with self._unpruned():
             super().load(folder)
         stored = torch.load(folder / ALLOCATION_FILE, map_location=self.model.device, weights_only=True)
         self._config.rank_pattern = stored.pop("rank_pattern")
@@ -130,11 +148,13 @@ class AdaLoraSession(Session):
         vars(self._tuner.rankallocator).update(ipt=zeros, **stored)
 
     @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
+    def _unpruned(self) -> Iterator[None]:
         """Have PEFT save and load whole tensors, without pruning them."""
         pattern, self._config.rank_pattern = self._config.rank_pattern, None
-        yield
-        self._config.rank_pattern = pattern
+        try:
+            yield
+        finally:
+            self._config.rank_pattern = pattern
 
 
 def orthogonality(model: Any, step: int) -> "Tensor":
@@ -145,7 +165,7 @@ def orthogonality(model: Any, step: int) -> "Tensor":
     import torch
     from peft.tuners.adalora import AdaLoraLayer
 
-    layers: Any = [m for m in model.modules() if isinstance(m, AdaLoraLayer) and ADAPTER in m.lora_A]
-    pairs = [(layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for layer in layers]
+    layers: Any = [module for module in model.modules() if isinstance(module, AdaLoraLayer)]
+    pairs = [(layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for layer in layers if ADAPTER in layer.lora_A]
     grams = [gram for A, B in pairs for gram in (A @ A.T, B.T @ B)]
-    return torch.stack([torch.linalg.norm(g - torch.eye(len(g), device=g.device)) for g in grams]).mean()
+    return torch.stack([torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device)) for gram in grams]).mean()

@@ -67,15 +67,17 @@ class Spectral(FromInputs, LowRank):
         if not isinstance(value, dict):
             return value
         paper = value.get("preset") == "paper"
-        gains = {"principal_channel": True} if "principal_channel" in cls.model_fields else {}
-        return {**(PAPER if paper else {}), **(gains if paper or cls._of_the_gains(value) else {}), **value}
+        defaults = dict(PAPER) if paper else {}
+        if "principal_channel" in cls.model_fields and (paper or cls._changed_gain_fields(value)):
+            defaults["principal_channel"] = True
+        return {**defaults, **value}
 
     @classmethod
-    def _of_the_gains(cls, value: Mapping[str, Any]) -> list[str]:
-        """Return the fields whose value only means something where there are gains, as `HipLoraConfig` sees it."""
-        free = value.get("stability_weight") == 0 or value.get("stability_mode") == "none"
+    def _changed_gain_fields(cls, value: Mapping[str, Any]) -> list[str]:
+        """Return the fields whose value only has a meaning where there are gains, as in `HipLoraConfig`."""
+        unpriced = value.get("stability_weight") == 0 or value.get("stability_mode") == "none"
         fields = {name: cls.model_fields[name] for name in OF_THE_GAINS if name in cls.model_fields and name in value}
-        names = [name for name in fields if not (free and name.startswith("stability"))]
+        names = [name for name in fields if not (unpriced and name.startswith("stability"))]
         return [name for name in names if value[name] != fields[name].default]
 
     @model_validator(mode="after")
@@ -103,9 +105,9 @@ class Spectral(FromInputs, LowRank):
             settings["target_modules"] = None
         return HipLoraConfig(task_type="CAUSAL_LM", **settings)
 
-    def continued_config(self, given: Mapping[str, Any]) -> "PeftConfig":
-        """Return the configuration with the factors of the given adapter."""
-        return replace(self.peft_config(), **{name: given[name] for name in OF_THE_FACTORS if name in given})
+    def continued_config(self, stored: Mapping[str, Any]) -> "PeftConfig":
+        """Return the configuration with the factors of the stored adapter."""
+        return replace(self.peft_config(), **{name: stored[name] for name in OF_THE_FACTORS if name in stored})
 
     def check_layer(self, config: Any, layer: Any) -> None:
         """Check that a residual of rank r is left beside the protected directions."""
@@ -117,9 +119,9 @@ class Spectral(FromInputs, LowRank):
         (m, n), r, least = layer.shape, self.rank_of(config, layer), min(layer.shape)
         # A share of the energy is known when it is measured.
         k = 0 if isinstance(layer.k, str) else resolve_rank(layer.k, layer.shape, lambda: torch.ones(1))
-        taken = k if self.is_closed else 0
-        left = min(m - taken * (self.basis_sides != "input"), n - taken * (self.basis_sides != "output"))
-        if k > least or r > left:
+        protected = k if self.is_closed else 0
+        free = min(m - protected * (self.basis_sides != "input"), n - protected * (self.basis_sides != "output"))
+        if k > least or r > free:
             raise ConfigError(
                 f"layer {layer.name}: principal_rank {k} and r {r} do not fit into its min(out, in) = {least} "
                 "directions; lower one of them, or set principal_rank_pattern or rank_pattern"
@@ -142,10 +144,10 @@ class Spectral(FromInputs, LowRank):
         from hiplora.tuner import calibrate
 
         text, tokens = self.calibration_text, self.calibration_tokens
-        more: dict[str, Any] = (
-            {"source": describe_source(text), "rows": self.calibration_rows(model, tokenizer)} if text else {}
-        )
-        return calibrate(model, config, tokens=tokens, store=store, tokenizer=tokenizer, **more)
+        options: dict[str, Any] = {}
+        if text:
+            options = {"source": describe_source(text), "rows": self.calibration_rows(model, tokenizer)}
+        return calibrate(model, config, tokens=tokens, store=store, tokenizer=tokenizer, **options)
 
 
 class ProjLoraMethod(Spectral):
@@ -184,8 +186,8 @@ class HipLoraMethod(Spectral):
 
     @model_validator(mode="after")
     def _gains_have_a_channel(self) -> "HipLoraMethod":
-        given = {} if self.principal_channel else {name: getattr(self, name) for name in OF_THE_GAINS}
-        if changed := self._of_the_gains(given):
+        values = {} if self.principal_channel else {name: getattr(self, name) for name in OF_THE_GAINS}
+        if changed := self._changed_gain_fields(values):
             raise ValueError(
                 f"`{changed[0]}` concerns the gains, and there are none; remove `principal_channel: false`"
             )

@@ -48,12 +48,12 @@ class ResidualInit(LowRank):
         from peft.utils.other import transpose
 
         ranks = layer_ranks(config, model)
-        before = {name: model.get_submodule(name).weight.data for name in ranks if self.peft_start}
+        originals = {name: model.get_submodule(name).weight.data for name in ranks if self.peft_start}
         part = None if self.peft_start else self.parts(ranks, model, tokenizer)
 
         def factors(name: str, layer: Any) -> "Pair":
             if part is None:
-                layer.get_base_layer().weight.data = before[name]
+                layer.get_base_layer().weight.data = originals[name]
                 return layer.lora_B[ADAPTER].weight.data, layer.lora_A[ADAPTER].weight.data
             B, A = part(name, transpose(layer.get_base_layer().weight.detach(), layer.fan_in_fan_out))
             root = layer.scaling[ADAPTER] ** 0.5
@@ -180,7 +180,7 @@ def _begin_at(factors: "Callable[[str, Any], Pair]") -> Begin:
 
 
 def restored(config: Any, file: Path) -> Begin:
-    """Begin at the start kept in a file; `config` is changed so that PEFT computes none."""
+    """Begin at the start kept in a file; `config` is changed so that PEFT does not compute one."""
     from safetensors.torch import load_file
 
     start = load_file(file)
@@ -193,8 +193,8 @@ def keep_start(tensors: "Mapping[str, Tensor]", file: Path) -> None:
     """Keep the factors that an adapter starts from, under their names."""
     from safetensors.torch import save
 
-    kept = {name: value.cpu().contiguous() for name, value in tensors.items() if name.endswith((A_NAME, B_NAME))}
-    write_atomic(file, save(kept))
+    factors = {name: value.cpu().contiguous() for name, value in tensors.items() if name.endswith((A_NAME, B_NAME))}
+    write_atomic(file, save(factors))
 
 
 def to_difference(folder: Path, start: Path) -> None:
@@ -205,8 +205,8 @@ def to_difference(folder: Path, start: Path) -> None:
 
     tensors, origin = load_file(folder / WEIGHTS_FILE), load_file(start / WEIGHTS_FILE)
     for name, value in origin.items():
-        on, sign = (0, 1) if name.endswith(A_NAME) else (1, -1)
-        tensors[name] = torch.cat([tensors[name], sign * value.to(tensors[name].dtype)], dim=on)
+        dim, sign = (0, 1) if name.endswith(A_NAME) else (1, -1)
+        tensors[name] = torch.cat([tensors[name], sign * value.to(tensors[name].dtype)], dim=dim)
     save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     config: Any = PeftConfig.from_pretrained(str(folder))
     for field in ("r", "lora_alpha"):  # both, so that the scaling α/r stays
@@ -218,13 +218,13 @@ def to_difference(folder: Path, start: Path) -> None:
 
 
 def split_difference(tensors: "Mapping[str, Tensor]") -> "tuple[dict[str, Tensor], dict[str, Tensor]]":
-    """Return the tensors of the trained adapter and of its start, which `to_difference` put together."""
+    """Return the tensors of the trained adapter and of its start, which `to_difference` joined."""
     trained, start = dict(tensors), {}
     for name, value in tensors.items():
         if name.endswith((A_NAME, B_NAME)):
-            on, sign = (0, 1) if name.endswith(A_NAME) else (1, -1)
-            own, origin = value.chunk(2, dim=on)
-            trained[name], start[name] = own.contiguous(), sign * origin
+            dim, sign = (0, 1) if name.endswith(A_NAME) else (1, -1)
+            factor, origin = value.chunk(2, dim=dim)
+            trained[name], start[name] = factor.contiguous(), sign * origin
     return trained, start
 
 

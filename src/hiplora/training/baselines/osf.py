@@ -17,7 +17,7 @@ EffectiveRank = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)
 
 
 class OsfMethod(Method):
-    """OSF, from PEFT: keeps the leading singular directions of each weight and trains all of the rest.
+    """OSF, from PEFT: keeps the leading singular directions of each weight and trains all others.
 
     For a square layer and the default rank it trains about as many parameters as the weight has. Set
     `train.weight_decay` to 0: it would shrink what is trained, a part of the weights themselves.
@@ -51,8 +51,8 @@ class OsfMethod(Method):
 
     def check_layer(self, config: Any, layer: Any) -> None:
         """Check that directions are left to train; PEFT would train none, in silence."""
-        own = (rank for pattern, rank in self.rank_pattern.items() if re.search(pattern, layer.name))
-        rank, least = next(own, self.effective_rank), min(layer.shape)
+        patterned = (rank for pattern, rank in self.rank_pattern.items() if re.search(pattern, layer.name))
+        rank, least = next(patterned, self.effective_rank), min(layer.shape)
         if isinstance(rank, int) and rank >= least:
             what = f"effective_rank {rank} keeps all of its min(out, in) = {least} directions and leaves none to train"
             raise ConfigError(f"layer {layer.name}: {what}; lower it or set rank_pattern")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hiplora.training.recipe import TrainSettings
 
 CLIENTS_FILE = "clients.pt"
-OWN = ("clients", "cut_layer", "average_every")
+SPLIT_FIELDS = ("clients", "cut_layer", "average_every")
 LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
@@ -36,8 +36,8 @@ class SplitLoraMethod(LowRank):
     summary = (
         "A plain low-rank update. Below a cut it is the average of what several clients trained on shards of the data."
     )
-    steering = ("lora_dropout", *OWN)
-    not_of_peft = ("name", *OWN)
+    steering = ("lora_dropout", *SPLIT_FIELDS)
+    not_of_peft = ("name", *SPLIT_FIELDS)
 
     name: Literal["split_lora"] = "split_lora"
     """The method."""
@@ -75,7 +75,7 @@ def shard_sizes(sequences: int, clients: int) -> list[int]:
 class ClientBatches:
     """The batches of an epoch in the order that `sampler` draws, batch j one of client j mod C.
 
-    The larger shards belong to the first clients, so whoever runs out of sequences first is last in turn.
+    The larger shards belong to the first clients, so the client that runs out of sequences first is last in turn.
     """
 
     drop_last = False
@@ -84,8 +84,8 @@ class ClientBatches:
         self.sampler, self.method, self.batch_size = sampler, method, batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        clients, drawn = self.method.clients, list(self.sampler)
-        shards = [[i for i in drawn if i % clients == client] for client in range(clients)]
+        clients, order = self.method.clients, list(self.sampler)
+        shards = [[index for index in order if index % clients == client] for client in range(clients)]
         for start in range(0, len(shards[0]), self.batch_size):
             yield from filter(None, (shard[start : start + self.batch_size] for shard in shards))
 
@@ -94,7 +94,7 @@ class ClientBatches:
 
 
 class SplitSession(Session):
-    """Every client's own copy of what is trained below the cut: embeddings too, an output head not.
+    """Every client's own copy of the parameters trained below the cut: embeddings too, but no output head.
 
     Between micro-batches the model holds the side of client 0. The other copies are registered on the model, so that
     the optimizer steps them and their gradients are clipped together with the others'.
@@ -109,11 +109,11 @@ class SplitSession(Session):
         if method.cut_layer > (layers := config.get_text_config().num_hidden_layers):
             what = f"method.cut_layer {method.cut_layer}: the model has only {layers} layers"
             raise ConfigError(f"{what}; expected 0 to {layers}, the number of layers on the clients' side")
-        self._places = list(_below(model, method.cut_layer))
-        if method.cut_layer and not self._places:
+        self._slots = list(_below(model, method.cut_layer))
+        if method.cut_layer and not self._slots:
             what = f"method.cut_layer {method.cut_layer}: no adapted module lies below it"
             raise ConfigError(f"{what}; raise it, set it to 0, or adapt modules below it")
-        first = [getattr(module, name) for module, name in self._places]
+        first = [getattr(module, name) for module, name in self._slots]
         self._sides = [first, *([nn.Parameter(p.detach().clone()) for p in first] for _ in shards[1:])]
         self._shares = [size / sum(shards) for size in shards]
         model.clients = nn.ParameterList([p for side in self._sides[1:] for p in side])  # type: ignore
@@ -124,13 +124,13 @@ class SplitSession(Session):
 
     def micro_batch(self, number: int) -> contextlib.AbstractContextManager[None]:
         """Put the side of the client whose turn it is into the model."""
-        return self._seated(self._sides[number % self.clients])
+        return self._using(self._sides[number % self.clients])
 
     def measuring(self) -> contextlib.AbstractContextManager[None]:
         """Put the average of the clients' sides into the model."""
         from torch import nn
 
-        return self._seated([nn.Parameter(mean, requires_grad=False) for mean in self._means()])
+        return self._using([nn.Parameter(mean, requires_grad=False) for mean in self._means()])
 
     def after_step(self, step: int, last: bool) -> None:
         """Give every client the average of all sides, weighted by the sizes of their shards (FedAvg), when due."""
@@ -141,7 +141,8 @@ class SplitSession(Session):
         """Save the average, and every client's side."""
         import torch
 
-        super().save(folder)
+        with self.measuring():
+            super().save(folder)
         torch.save([[parameter.detach() for parameter in side] for side in self._sides], folder / CLIENTS_FILE)
 
     def load(self, folder: Path) -> None:
@@ -152,13 +153,15 @@ class SplitSession(Session):
         self._set(torch.load(folder / CLIENTS_FILE, map_location=self.model.device, weights_only=True))
 
     @contextlib.contextmanager
-    def _seated(self, side: "Sequence[nn.Parameter]") -> Iterator[None]:
-        self._seat(side)
-        yield
-        self._seat(self._sides[0])
+    def _using(self, side: "Sequence[nn.Parameter]") -> Iterator[None]:
+        self._put(side)
+        try:
+            yield
+        finally:
+            self._put(self._sides[0])
 
-    def _seat(self, side: "Sequence[nn.Parameter]") -> None:
-        for (module, name), parameter in zip(self._places, side, strict=True):
+    def _put(self, side: "Sequence[nn.Parameter]") -> None:
+        for (module, name), parameter in zip(self._slots, side, strict=True):
             setattr(module, name, parameter)
 
     def _means(self) -> "list[Tensor]":
@@ -170,8 +173,8 @@ class SplitSession(Session):
         return means
 
     def _set(self, sides: "Sequence[Sequence[Tensor]]") -> None:
-        for own, values in zip(self._sides, sides, strict=True):
-            for parameter, value in zip(own, values, strict=True):
+        for side, values in zip(self._sides, sides, strict=True):
+            for parameter, value in zip(side, values, strict=True):
                 parameter.data.copy_(value)
 
 
@@ -179,8 +182,8 @@ def _below(model: Any, cut_layer: int) -> "Iterator[tuple[nn.Module, str]]":
     """Yield the clients' parameters as (module, name in it); a path's first number is its layer."""
     embeddings = set(model.get_input_embeddings().modules()) if cut_layer else set()
     for path, module in model.named_modules():
-        found = LAYER.search(path)
-        if module in embeddings or (found and int(found.group(1)) < cut_layer):
+        layer = LAYER.search(path)
+        if module in embeddings or (layer and int(layer.group(1)) < cut_layer):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     yield module, name
