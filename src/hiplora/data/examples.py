@@ -173,7 +173,11 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
     for path, weight in data.mix.items():
         added = as_examples(*read(path, "auto"), data.template, chat)
         repeats, rest = divmod(weight * len(added), len(added))
-        train += added * int(repeats) + random.Random(SPLIT_SEED).sample(added, round(rest))
+        sample = random.Random(SPLIT_SEED).sample(added, round(rest))
+        if not (repeats or sample):
+            what = f"data.mix: {weight} of the {len(added)} rows of {path} is no row"
+            raise DataError(f"{what}; raise the number, or remove the file")
+        train += added * int(repeats) + sample
         key = path if Path(path).name in sources else Path(path).name
         sources[key] = {"file": Path(path).name, "sha256": file_sha256(path), "weight": weight}
     notes = skipped(bad)

@@ -163,6 +163,8 @@ def test_other_files_are_mixed_in_by_weight_and_copies_of_held_out_rows_are_not_
     counts = [sum(example.response == f"o{number}" for example in data.train) for number in range(8)]
     assert sorted(counts) == [1, 1, 1, 1, 2, 2, 2, 2]
     assert data.sources["other.jsonl"]["weight"] == 1.5
+    with pytest.raises(DataError, match=r"data\.mix: 0\.05 of the 8 rows of .*other\.jsonl is no row; raise"):
+        load_data(DataSettings(path=numbers, mix={str(other): 0.05}))
     twice = write_jsonl(tmp_path / "twice.jsonl", [{"text": str(number % 10)} for number in range(20)])
     data = load_data(DataSettings(path=twice, held_out_fraction=0.2))
     assert not {example.response for example in data.train} & {example.response for example in data.held_out}
