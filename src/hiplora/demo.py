@@ -1,4 +1,4 @@
-"""`hiplora demo`: two small skills trained apart with LoRA and with HiP-LoRA, added, and what that does to the model."""
+"""`hiplora demo`: two small skills trained apart with LoRA and HiP-LoRA, added, and what that does to the model."""
 
 import functools
 import json
