@@ -111,7 +111,7 @@ def drift(records: pd.DataFrame, by: Sequence[str] = (), shared: bool = False) -
     kl, grown = (records[records.metric == metric] for metric in ("kl", "perplexity_ratio"))
     if kl.empty:
         return pd.DataFrame(columns=["metric", *by, "method", "text", "estimate"])
-    pairing = [name for name in ("domain", "merge") if name in kl]
+    pairing = [name for name in ("domain", "merge", "order") if name in kl]
     values = kl.set_index([*by, "method", "text", "seed", *pairing])["value"]
     means = student(averaged(values, pairing)).assign(low=np.nan, high=np.nan)
     apart = differences(np.log(values.where(values > 0)).to_frame(0)).rename_axis(index={"minus": "over"})

@@ -39,14 +39,15 @@ class LambdaCurve(Protocol):
             wide["Held-out loss"] = loss.reindex(wide.index).map("{:.3f}".format)
             wide.index = pd.Index([f"{prices[row]:g}" for row in wide.index], name="λ")
             found.tables[form] = f"{title}, scores over λ: {form}, %", wide
-        figure = retain_figure(numbers.sort_values("lambda", kind="stable"), title)
+        figure = retain_figure(numbers, title)
         found.figures[""] = "What was learned, and what it cost elsewhere, over λ", figure
         found.text = "Each domain by its own adapter; Retain in pp, lower is better. The paper's curve has no numbers."
         return found
 
     def _rows(self, study: Study) -> dict[float, Any]:
-        """The method at every λ."""
-        title = f"{study.row(self.method).title}, λ = "
+        """The method at every λ, in ascending order, in which differences are taken."""
+        title = study.row(self.method).title
         return {
-            price: study.variant(self.method, f"{title}{price:g}", stability_weight=price) for price in self.values
+            price: study.variant(self.method, f"{title}, λ = {price:g}", stability_weight=price)
+            for price in sorted(self.values)
         }

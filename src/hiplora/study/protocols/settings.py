@@ -41,9 +41,8 @@ class Protocol(Block):
 
     @model_validator(mode="after")
     def _each_once(self) -> "Protocol":
-        for name in ("seeds", "methods", "values", "rates", "domains", "sizes", "modes"):
-            values = getattr(self, name, None)
-            if isinstance(values, list) and len(set(values)) < len(values):
+        for name, values in self:
+            if isinstance(values, list) and any(values.count(value) > 1 for value in values):
                 raise ValueError(f"`{name}` lists a value twice: {values}; name each once")
         return self
 
