@@ -37,21 +37,21 @@ class Ablations(Protocol):
 
         Inspections look at the protected directions themselves, which lead the spectrum in the weight's basis alone.
         """
-        like, rows, drawn = study.row(self.method), self.variants(study), self._drawn(study)
-        found = score_runs(study, rows, study.seeds(self), self._domains(study), like)
-        scores = found[1:]
+        full, rows, drawn = study.row(self.method), self.variants(study), self._drawn(study)
+        runs = score_runs(study, rows, study.seeds(self), self._domains(study), full)
+        _, *scores = runs  # but for the base
         if self.merge and len(self._domains(study)) > 1:
-            found += merge_runs(study, {RULE: {}}, rows, drawn, like=like)
-        rank = like.method.principal_rank
-        if like.method.basis == "weight" and isinstance(rank, int):
-            found += [(study.inspect(score.needs["adapter"], rank), labels) for score, labels in scores]
-        return found
+            runs += merge_runs(study, {RULE: {}}, rows, drawn, like=full)
+        rank = full.method.principal_rank
+        if full.method.basis == "weight" and isinstance(rank, int):
+            runs += [(study.inspect(score.needs["adapter"], rank), labels) for score, labels in scores]
+        return runs
 
     def tables(self, study: Study, done: Done) -> Findings:
         """Return scores, Retain, MergeFail and losses in both forms, and the training curves."""
-        inspections = [one for one in done if one[0].kind == "inspect"]
-        merges = [one for one in done if "rule" in one[2]]
-        scores = [one for one in done if one[0].kind == "evaluate" and "rule" not in one[2]]
+        inspections = [run for run in done if run[0].kind == "inspect"]
+        merges = [run for run in done if "rule" in run[2]]
+        scores = [run for run in done if run[0].kind == "evaluate" and "rule" not in run[2]]
         numbers, trained = scores_and_retain(study, tidy(scores)), tidy(trainings(study, scores))
         numbers = numbers[numbers.method != BASE]
         parts = [numbers]
@@ -114,16 +114,17 @@ def _losses(trained: pd.DataFrame, full: str) -> Iterator[pd.DataFrame]:
     yield measured(held_out, "held-out loss", "nats/token")
     means = losses.loss.unstack("seed")
     if full in means.index and len(means.columns) > 1:
-        apart = (means - means.loc[full]).drop(index=full).stack()
-        yield measured(student(apart), "training loss difference", "nats/token", minus=full)
+        differences = (means - means.loc[full]).drop(index=full).stack()
+        yield measured(student(differences), "training loss difference", "nats/token", minus=full)
 
 
 def _inspected(inspections: Done) -> Iterator[pd.DataFrame]:
-    """The mean share of the energy that reads or writes protected directions but not both, and how far gains moved."""
+    """The mean share of the energy that reads or writes protected directions but not both, and the gains' change."""
     if not inspections:
         return
-    parts = [pd.DataFrame(one["result"]["modules"]).assign(run=job.key, **label) for job, one, label in inspections]
-    modules = pd.concat(parts)
+    modules = pd.concat(
+        pd.DataFrame(record["result"]["modules"]).assign(run=job.key, **labels) for job, record, labels in inspections
+    )
     leak = (modules.left + modules.right - 2 * modules.both).clip(lower=0)
     modules = modules.assign(energy=modules.norm**2, leaked=leak * modules.norm**2)
     energy = modules.groupby(["method", "run"], sort=False)[["leaked", "energy"]].sum()
