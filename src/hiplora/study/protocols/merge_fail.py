@@ -75,15 +75,15 @@ def failures(study: Study, records: pd.DataFrame, drawn: Drawn, taus: Sequence[f
     for tau in taus:
         pairs["value"] = 100.0 * falls_below(pairs.after, pairs.before, tau)
         failed = pairs.groupby([*by, "size"], sort=False)["value"].max()
-        apart = differences(failed.to_frame(0), first=True)[0].rename("value").reset_index()
+        paired = differences(failed.to_frame(0), first=True)[0].rename("value").reset_index()
         for metric, rows, further, unit in (
             ("merge fail", failed.reset_index(), [], "%"),
             ("merge fail", failed.reset_index(), ["size"], "%"),
-            ("merge fail difference", apart, ["minus"], "pp"),
+            ("merge fail difference", paired, ["minus"], "pp"),
         ):
             if len(rows):
                 parts.append(measured(hierarchical(rows, ["form", "method", *further]), metric, unit, tau=tau))
-    found = joined(*parts).fillna({"size": "all"})
+    numbers = joined(*parts).fillna({"size": "all"})
     different = Counter(str(len(merge)) for merge in {merge for _, merge in drawn})
-    found["merges"] = found["size"].map(different | {"all": different.total()})
-    return opened(found, found.merges)
+    numbers["merges"] = numbers["size"].map(different | {"all": different.total()})
+    return opened(numbers, numbers.merges)

@@ -36,7 +36,7 @@ class Protocol(Block):
         raise NotImplementedError
 
     def tables(self, study: Study, done: Done) -> Findings:
-        """Return what the results of the `runs` that are done say; there is at least one of a method."""
+        """Return the findings from the results of the `runs` that are done; there is at least one of a method."""
         raise NotImplementedError
 
     @model_validator(mode="after")
