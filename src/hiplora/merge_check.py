@@ -128,17 +128,18 @@ def merge_check(
 
 def _groups(names: Sequence[str], how: MergeSettings, suite: Suite) -> dict[str, Group]:
     """Return the merges by label: of each rule that of all, under its name, and every choice of each of `sizes`."""
-    known = {name for method in how.methods for name in find_rule(method).defaults}
-    find_rule(how.methods[0]).options({name: value for name, value in how.options.items() if name not in known})
+    # An option that no rule has is an error of the first.
+    defined = {name for method in how.methods for name in find_rule(method).defaults}
+    find_rule(how.methods[0]).options({name: value for name, value in how.options.items() if name not in defined})
     if len(names) < 2:
         raise ConfigError(f"{len(names)} adapter given; a merge needs at least two")
-    if taken := set(names) & set(how.methods):
-        raise ConfigError(f"adapter {taken.pop()!r}: has the name of a merge rule; give it another, as NAME=FOLDER")
+    if ambiguous := set(names) & set(how.methods):
+        raise ConfigError(f"adapter {min(ambiguous)!r}: has the name of a merge rule; give it another, as NAME=FOLDER")
     tasks = sorted(task.name for task in suite.tasks)
-    if how.sizes and (strangers := [name for name in names if name not in tasks]):
+    if how.sizes and (without_task := [name for name in names if name not in tasks]):
         raise ConfigError(
             f"--sizes: needs every adapter as TASK=FOLDER with a task of the suite ({', '.join(tasks)}); "
-            f"{strangers[0]} is none"
+            f"{without_task[0]} is none"
         )
     groups: dict[str, Group] = {method: (method, tuple(names)) for method in how.methods}
     for method, size in itertools.product(how.methods, how.sizes):

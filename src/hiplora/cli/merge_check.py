@@ -50,8 +50,8 @@ def command(
     yield from verdict_tables(record).items()
     yield from verdict_notes(record)
     yield f"\nWritten: {out}"
-    given = {"--weights": weights, "--rank": rank, "--base": base}
-    options = [word for key, value in given.items() if value is not None for word in (key, value)]
+    merge_options = {"--weights": weights, "--rank": rank, "--base": base}
+    options = [word for key, value in merge_options.items() if value is not None for word in (key, value)]
     defaults = find_rule(method[0]).defaults
     options += [word for text in set if text.partition("=")[0].strip() in defaults for word in ("--set", text)]
     merged = f"{out}-merged"

@@ -58,28 +58,28 @@ class Ablations(Protocol):
         if merges:
             failed = failures(study, tidy(merges), self._drawn(study), [self.tau])
             parts.append(failed[failed["size"] == "all"].assign(rule=RULE))
-        found = Findings(joined(*parts, *_losses(trained, study.row(self.method).title), *_inspected(inspections)))
+        findings = Findings(joined(*parts, *_losses(trained, study.row(self.method).title), *_inspected(inspections)))
         looks = pd.DataFrame.from_dict(SHOWN, orient="index", columns=["column", "digits"])
-        others = found.measured[found.measured.metric.isin(SHOWN)].join(looks, on="metric")
+        others = findings.measured[findings.measured.metric.isin(SHOWN)].join(looks, on="metric")
         for form in FORMS.values():
             shown = with_columns(study, numbers[numbers.form == form], self._domains(study), "Downstream")
             rows = others[others.form.isna() | (others.form == form)].assign(form=form)
             caption, wide = f"Ablations: {form}", table(joined(shown.assign(digits=1), rows), paper="ablations")
-            found.tables[form] = caption, wide
+            findings.tables[form] = caption, wide
         curves = trained[trained.metric == "loss"].groupby(["method", "item"], sort=False)["value"].mean()
         figure = plots.lines(
             curves.dropna().reset_index(), "item", "value", "method", markers=False,
             xlabel="optimizer step", ylabel="training loss (nats a token)",
         )  # fmt: skip
         caption = "Training with and without each part, mean over domains and seeds"
-        found.figures["dynamics"] = caption, figure
-        found.text = (
+        findings.figures["dynamics"] = caption, figure
+        findings.text = (
             f"MergeFail: merges by addition, one a seed, in which a task keeps less than τ = {self.tau:g} of its "
             "score. Leak: share of the update's energy that is on one protected side only, which gains cannot cause. "
             "All variants train at the full method's learning rate. Zero init trains the gains only: with both "
             "low-rank factors at zero, the gradient of each is zero."
         )
-        return found
+        return findings
 
     def variants(self, study: Study) -> list[Any]:
         """Return the full method, and it without each of its parts."""

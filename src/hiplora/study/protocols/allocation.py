@@ -43,25 +43,25 @@ class Allocation(OfMethods):
         with_gains = pd.concat([with_gains.assign(type=ALL), with_gains])
         gains = joined(_gain_correlations(with_gains), relative_gains(with_gains))
         caption = "Energy inside the principal subspaces, %"
-        found = Findings(joined(inside, gains).assign(rank=self.rank))
-        found.tables["energy"] = caption, _table(inside, 2)
+        findings = Findings(joined(inside, gains).assign(rank=self.rank))
+        findings.tables["energy"] = caption, _table(inside, 2)
         if len(gains):
             shown = gains.assign(method=gains.method + ", " + gains.metric)
-            found.tables["gains"] = "How gains follow the spectrum", _table(shown, 3)
+            findings.tables["gains"] = "How gains follow the spectrum", _table(shown, 3)
         points = _directions(with_gains[with_gains.type != ALL])
         if (points.gain > 0).any():
             figure = plots.facets(
                 points[points.gain > 0], "type", plots.scatter, x="sigma", y="gain", group="method",
                 logx=True, logy=True, xlabel="σ of the base weight", ylabel="|δ|",
             )  # fmt: skip
-            found.figures["sigma"] = "How far each gain moved, over σ; first seed", figure
-        found.text = (
+            findings.figures["sigma"] = "How far each gain moved, over σ; first seed", figure
+        findings.text = (
             f"Energy: share of ‖ΔW‖² that reads and writes the {self.rank} leading singular directions of the base "
             "weight, mean over domains, first seed. Gain correlation: Spearman's, of |δ| with σ among the directions "
             "of a module, mean over modules and domains with a 95 % interval over both. Median relative gain: median "
             "of |δ| / σ, in per cent."
         )
-        return found
+        return findings
 
 
 def relative_gains(modules: pd.DataFrame) -> pd.DataFrame:

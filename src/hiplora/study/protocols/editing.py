@@ -87,15 +87,15 @@ class Editing(OfMethods):
             *(part.assign(**labels) for _, record, labels in done for part in _items(record, labels["set"]))
         )
         numbers = joined(_measured(items), drift(tidy(done), ["set", "mode"]), columns=["text"])
-        found = Findings(numbers)
+        findings = Findings(numbers)
         for (name, mode), rows in numbers.groupby(["set", "mode"], sort=False):
             facts, stem = self.sets[name], f"{name}-{mode}"
             title = f"{facts.title or name}, {mode}"
             in_paper = mode == "batch" and facts.edits == BUILT_IN and facts.category is None
-            found.tables[stem] = title, _table(rows, "editing" if in_paper else "")
+            findings.tables[stem] = title, _table(rows, "editing" if in_paper else "")
             kinds = rows[rows.category.notna()]
             kinds = kinds.assign(column=kinds.category + ", " + kinds.metric.str.split().str[0])
-            found.tables[f"{stem}-categories"] = f"{title}: success by category, %", table(kinds)
+            findings.tables[f"{stem}-categories"] = f"{title}: success by category, %", table(kinds)
             if mode == "sequential":
                 course = rows[rows.metric == COURSE].sort_values("edits", kind="stable")
                 figure = plots.lines(
@@ -103,17 +103,17 @@ class Editing(OfMethods):
                     xlabel="edits so far", ylabel="edit success (%)",
                 )  # fmt: skip
                 caption = f"{title}: edits that still work, stage after stage"
-                found.figures[f"{name}-sequence"] = caption, figure
+                findings.figures[f"{name}-sequence"] = caption, figure
         titles = {name: study.row(name).title for name in self.methods}
         titles |= {} if self.crispedit is None else {"crispedit": EDITORS["crispedit"].title}
         rates = [f"{title} {self._rate(study, name):g}" for name, title in titles.items()]
-        found.text = (
+        findings.text = (
             "Edit success: the answer matches or is likelier than the old one. Locality: accuracy before − after on "
             "unrelated questions. Log p: mean change, of the questions' own answers, and of the edits' new ones where "
             "they do not belong (lower is better there). Drift: KL from the base in thousandths of a nat a token. "
             f"Intervals: over edits and questions. Learning rates on edits: {', '.join(rates)}."
         )
-        return found
+        return findings
 
     def _rate(self, study: Study, method: str) -> float:
         """A method's learning rate on edits; one chosen on a task's rows is not what a handful of edits needs."""

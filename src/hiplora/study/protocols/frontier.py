@@ -78,7 +78,7 @@ class FrontierSettings(Protocol):
         """Return for each domain each method at its best rate, and the drift ratios at equal learning."""
         records, reference = tidy(done), study.row(self.reference).title
         plain = [study.row(name).title for name in self.plain]
-        found, parts = Findings(), []
+        findings, parts = Findings(), []
         for domain in self.domains:
             points, drops = self._points(study, records, domain)
             if points.empty:
@@ -86,10 +86,10 @@ class FrontierSettings(Protocol):
             numbers = _compare(points, drops, reference, plain).assign(domain=domain)
             parts.append(numbers)
             title = study.recipe.domains[domain].title
-            found.tables |= _ratio_tables(numbers, domain, title, reference)
-            found.figures |= _figures(numbers, domain, title, reference, plain)
-        found.measured = joined(*parts)
-        found.text = (
+            findings.tables |= _ratio_tables(numbers, domain, title, reference)
+            findings.figures |= _figures(numbers, domain, title, reference, plain)
+        findings.measured = joined(*parts)
+        findings.text = (
             f"Ratios: how many times as far a method drifts as {reference} where it has learned as much, its lowest "
             "drift over rates and early stops, interpolated between neighbours on the grid (linear in the loss, "
             "logarithmic in the divergence). Geometric means over the seeds with 95 % intervals (Student's t over the "
@@ -97,7 +97,7 @@ class FrontierSettings(Protocol):
             f"all its points learned more. {OVER[0].upper()}{OVER[1:]}: the geometric mean over "
             f"{', '.join(self._unlike(study))}."
         )
-        return found
+        return findings
 
     def _unlike(self, study: Study) -> list[str]:
         """The drift texts other than the file that calibrated the reference; all, if there are no others."""

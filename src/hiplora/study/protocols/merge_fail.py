@@ -61,16 +61,16 @@ class MergeFail(Merging):
 def failures(study: Study, records: pd.DataFrame, drawn: Drawn, taus: Sequence[float]) -> pd.DataFrame:
     """Return the MergeFail of one rule in per cent by size and threshold, and the differences to the first method."""
     items = scored(records, study.tasks)
-    own = ["form", "method", "on", "trained"]
+    adapter = ["form", "method", "on", "trained"]
     alone = items[items.domain == items.on].rename(columns={"seed": "trained"})
-    before = alone.groupby(own, sort=False)["value"].mean().rename("before")
+    before = alone.groupby(adapter, sort=False)["value"].mean().rename("before")
     by = ["form", "method", "seed", "merge"]
     after = items[items.when == "after"].groupby([*by, "on"], sort=False)["value"].mean()
     pairs = after.rename("after").reset_index()
     pairs["size"] = [str(len(drawn[merge][1])) for merge in pairs["merge"]]
     trained = [dict(drawn[merge][1])[domain] for merge, domain in zip(pairs["merge"], pairs.on, strict=True)]
     pairs["trained"] = pd.Series(trained, dtype=object)
-    pairs = pairs.join(before, on=own)
+    pairs = pairs.join(before, on=adapter)
     parts = []
     for tau in taus:
         pairs["value"] = 100.0 * falls_below(pairs.after, pairs.before, tau)

@@ -35,21 +35,21 @@ class Merging(OfMethods):
         """Return before, after and difference by rule in both forms, the mean drop of all rules, and drift."""
         records = tidy(done)
         moved, numbers = drift(records[records.when == "after"], ["rule"]), _measured(study, records)
-        found = Findings(joined(numbers, moved))
+        findings = Findings(joined(numbers, moved))
         rows, drops = _before_and_after(numbers), numbers[numbers.metric.isin(("mean drop", "mean signed drop"))]
         for rule in self.rules:
             caption = f"Merged by {rule_title(rule)}, %"
-            found.tables |= by_form(caption, rows[rows.rule == rule], "row", stem=rule)
-        found.tables |= drift_tables(self.rules, moved)
+            findings.tables |= by_form(caption, rows[rows.rule == rule], "row", stem=rule)
+        findings.tables |= drift_tables(self.rules, moved)
         drops = drops.assign(row=titled(drops), column=drops.metric + ", " + drops.form)
         rules = table(drops, "row", paper="merge-rules")
-        found.tables["rules"] = "Mean drop by rule, percentage points", rules
-        found.text = (
+        findings.tables["rules"] = "Mean drop by rule, percentage points", rules
+        findings.text = (
             "Before: each domain by its own adapter; after: all of them by the merge of the adapters of one seed, mean "
             "over the seeds. Mean drop: mean absolute difference over metrics and seeds; signed drop: a gain is "
             "negative."
         )
-        return found
+        return findings
 
 
 def rule_title(rule: str) -> str:
