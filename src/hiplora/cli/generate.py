@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import typer
 from typer import Option
@@ -35,7 +36,7 @@ def command(
     network, tokenizer = load_model(model, device)
     texts = prompt if raw else [chat_prompt(tokenizer, [{"role": "user", "content": text}]) for text in prompt]
     answers = side_by_side(network, tokenizer, named, texts, tokens)
-    rows = [{"prompt": text, "answers": row} for text, row in zip(prompt, answers, strict=True)]
+    rows: list[dict[str, Any]] = [{"prompt": text, "answers": row} for text, row in zip(prompt, answers, strict=True)]
     yield {"schema": 1, "kind": "answers", "model": model, "prompts": rows}
     for row in rows:
         yield typer.style(f"\n{row['prompt']}", bold=True)

@@ -205,7 +205,7 @@ def _finish(ax: Axes, x: str, y: str) -> None:
 
 def _legend(figure: Any) -> None:
     """Put one legend above the panels, where it hides nothing, and make the figure higher by its rows after two."""
-    handles = {}
+    handles: dict[str, Any] = {}
     for ax in figure.axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
