@@ -128,26 +128,26 @@ def compare(
     tokenizer, limit, rows = trainings.tokenizer, trainings.limit, trainings.rows
 
     def fits(prompt: Example | str) -> bool:
-        return len(tokenizer(_asked(tokenizer, prompt))["input_ids"]) < limit
+        return len(tokenizer(_prompt_text(tokenizer, prompt))["input_ids"]) < limit
 
-    own = [example for example in rows.held_out if example.prompt and fits(example)][:OWN_ROWS]
-    if long := next((question for question in questions if not fits(question)), None):
-        raise ConfigError(f"--prompts: {long[:40]!r} fills the model's context of {limit} tokens; shorten it")
+    own_rows = [example for example in rows.held_out if example.prompt and fits(example)][:OWN_ROWS]
+    if too_long := next((question for question in questions if not fits(question)), None):
+        raise ConfigError(f"--prompts: {too_long[:40]!r} fills the model's context of {limit} tokens; shorten it")
     folder, titles = RunFolder(Path(out), "plan.json", "results.json"), {key: METHODS[key].title for key in recipes}
     with trainings.measured(folder, titles, texts, questions, overwrite=overwrite, tell=tell) as (shared, runs):
         records = {titles[key]: {"adapts": METHODS[key].adapts, **record} for key, record in runs.items()}
         adapters = {titles[key]: folder.path / "adapters" / key for key in recipes}
         base = trainings.base
-        said = folder.stage("answers", lambda: {"rows": base().answers(adapters, [*own, *questions])})["rows"]
-        prompts = [example.prompt for example in own] + questions
+        answers = folder.stage("answers", lambda: {"rows": base().answers(adapters, [*own_rows, *questions])})["rows"]
+        prompts = [example.prompt for example in own_rows] + questions
         results = {
             "schema": 3,
             **shared,
             "settings": {**asdict(settings), "methods": list(recipes)},
             "methods": records,
             "equal": at_equal_learning(shared["base"]["held_out_loss"], records),
-            "expected": [example.response for example in own],
-            "answers": [{"prompt": prompt, "said": row} for prompt, row in zip(prompts, said, strict=True)],
+            "expected": [example.response for example in own_rows],
+            "answers": [{"prompt": prompt, "said": row} for prompt, row in zip(prompts, answers, strict=True)],
             "notes": _notes(texts, rows.train),
         }
         write_report(results, folder.path)
@@ -186,19 +186,21 @@ class Trainings:
         drift at marks along it (`trained`) and at each scale of the finished adapter (`scaled`). Its adapter is in
         `adapters/KEY`. ConfigError if the folder holds a run with other settings, data or texts, or other `questions`.
         """
+        identity = folder_identity(self.model)
         plan = {
             "kind": self.kind,
             "hiplora": __version__,
             "settings": {n: v for n, v in asdict(self.settings).items() if n not in ("drift_text", "prompts")},
             "texts_sha256": json_sha256([texts, questions]),
             "data_sha256": file_sha256(self.data),
-            "model_sha256": folder_identity(self.model),
+            "model": self.model if identity is None else None,  # a folder may have moved
+            "model_sha256": identity,
         }
         folder.check(plan, overwrite=overwrite, inputs={"the base model": self.model, "the data": self.data})
         adapters = {key: folder.path / "adapters" / key for key in self.recipes}
         with folder.claimed(plan, overwrite=overwrite):
-            bare = folder.stage("base", lambda: self.base().read())
-            tell(self._expected(bare))
+            base = folder.stage("base", lambda: self.base().read())
+            tell(self._expected(base["seconds_per_token"]))
             self.base.cache_clear()  # a training loads the model itself
             runs = {}
             with _notes_once():
@@ -206,19 +208,19 @@ class Trainings:
                     work = functools.partial(_train, recipe, titles[key], adapters[key])
                     runs[key] = folder.stage(f"train-{key}", work)
             for key, adapter in adapters.items():
-                runs[key] |= folder.stage(f"measure-{key}", functools.partial(_points, self.base, adapter, texts))
+                runs[key] |= folder.stage(f"measure-{key}", functools.partial(_measure, self.base, adapter, texts))
             shared = {
                 "kind": self.kind,
                 "model": self.model,
                 "data": {**self.rows.sources["train"], "held_out_rows": len(self.rows.held_out)},
-                "base": {"held_out_loss": bare["held_out_loss"]},
+                "base": {"held_out_loss": base["held_out_loss"]},
                 "provenance": provenance(plan_sha256=json_sha256(plan)),
             }
             yield shared, runs
             for adapter in adapters.values():
                 shutil.rmtree(adapter / "checkpoints", ignore_errors=True)
 
-    def _expected(self, bare: Results) -> str:
+    def _expected(self, seconds_per_token: float) -> str:
         """Say how long the trainings will take, by the time that the base model took to read a token."""
         train, count = next(iter(self.recipes.values())).train, len(self.recipes)
         steps: int = train.steps  # type: ignore[assignment]  # `method_recipes` sets no epochs
@@ -226,11 +228,11 @@ class Trainings:
         trained = encode_examples(self.tokenizer, self.rows.train, self.length)[1]
         length = trained.tokens / trained.sequences
         points = (MARKS + len(SCALES)) * (HELDOUT_LIMIT * length + 2 * DRIFT_TOKENS)
-        seconds = count * bare["seconds_per_token"] * (4 * rows * length + points)  # a step also goes back, at 3 : 1
+        seconds = count * seconds_per_token * (4 * rows * length + points)  # a step also goes back, at 3 : 1
         passes = f"{rows / trained.sequences:.1f} passes over {trained.sequences} rows"
-        what = "methods" if self.kind == "compare" else "settings"
+        unit = "methods" if self.kind == "compare" else "settings"
         return (
-            f"{count} {what}, {steps} steps of {train.batch_size} rows each ({passes}): about "
+            f"{count} {unit}, {steps} steps of {train.batch_size} rows each ({passes}): about "
             f"{max(1, round(seconds / 60))} min, and once some more to measure the model"
         )
 
@@ -248,10 +250,10 @@ def method_recipes(
         raise ConfigError(f"--methods {', '.join(unknown) or 'names none'}: expected some of {', '.join(METHODS)}")
     if problem := model_problem(model):
         raise ConfigError(problem)
-    bare = skeleton(model)
-    if getattr(bare.config, "quantization_config", None):
+    network = skeleton(model)
+    if getattr(network.config, "quantization_config", None):
         raise ConfigError(f"model {model}: is quantised, and nothing can be added to its weights; name the whole one")
-    has_experts = any(map(can_unroll, bare.modules()))
+    has_experts = any(map(can_unroll, network.modules()))
     methods = {key: METHODS[key] for key in settings.methods or (OVER_EXPERTS if has_experts else USUAL)}
     if has_experts and (unfit := methods.keys() & {"lora", "lora-mlp"}):
         why = "PEFT's LoRA adapts a mixture's experts and its router as parameters, not as layers"
@@ -267,9 +269,9 @@ def method_recipes(
         block = method.block(settings.rank, settings.principal_rank)
         try:
             if method.preset:
-                block["target_modules"] = default_targets(bare, method.preset)
+                block["target_modules"] = default_targets(network, method.preset)
             recipes[key] = TrainRecipe.model_validate({**shared, "method": block})
-            fitting_config(recipes[key].method, bare)
+            fitting_config(recipes[key].method, network)
         except ValidationError as error:
             raise ConfigError(f"setting {first_problem(error)}") from None
         except ConfigError as error:
@@ -285,9 +287,10 @@ def _questions(path: str | os.PathLike | None) -> list[str]:
         lines = decoded(Path(path).read_bytes(), Path(path)).splitlines()
     except OSError as error:
         raise DataError(f"--prompts {path}: cannot be read ({first_line(error)}); give a text file") from None
-    if not any(map(str.strip, lines)):
+    questions = [line.strip() for line in lines if line.strip()]
+    if not questions:
         raise DataError(f"--prompts {path}: is empty; give one prompt a line")
-    return [line.strip() for line in lines if line.strip()]
+    return questions
 
 
 class Base:
@@ -301,21 +304,21 @@ class Base:
 
     def read(self) -> Results:
         """Return the loss on the held-out rows, and the seconds that a token took to read."""
-        began = time.perf_counter()
+        start = time.perf_counter()
         loss = heldout_loss(self.model, self.held_out)
         tokens = sum(len(row.ids) for row in self.held_out)
-        return {"held_out_loss": loss, "seconds_per_token": (time.perf_counter() - began) / tokens}
+        return {"held_out_loss": loss, "seconds_per_token": (time.perf_counter() - start) / tokens}
 
     def answers(
         self, adapters: Mapping[str, Path], prompts: Sequence[Example | str], tokens: int = ANSWER_TOKENS
     ) -> list[dict[str, str]]:
         """Return what the base and each adapter answer: to a question in a chat, to an example's prompt as trained."""
-        asked = [_asked(self.tokenizer, prompt) for prompt in prompts]
-        rows = side_by_side(self.model, self.tokenizer, adapters, asked, tokens)
+        texts = [_prompt_text(self.tokenizer, prompt) for prompt in prompts]
+        rows = side_by_side(self.model, self.tokenizer, adapters, texts, tokens)
         return [{name: text.strip() for name, text in row.items()} for row in rows]
 
 
-def _asked(tokenizer: Any, prompt: Example | str) -> str:
+def _prompt_text(tokenizer: Any, prompt: Example | str) -> str:
     """Return what the model reads of a question, or of an example's prompt."""
     if isinstance(prompt, str):
         return chat_prompt(tokenizer, [{"role": "user", "content": prompt}])
@@ -323,7 +326,7 @@ def _asked(tokenizer: Any, prompt: Example | str) -> str:
     return chat_prompt(tokenizer, turns) if turns else prompt.prompt
 
 
-def _points(base: Callable[[], Base], adapter: Path, texts: Mapping[str, str]) -> Results:
+def _measure(base: Callable[[], Base], adapter: Path, texts: Mapping[str, str]) -> Results:
     """Measure an adapter at the marks along its training, and the finished one at each scale."""
     steps = sorted(int(path.name.rpartition("-")[2]) for path in (adapter / "checkpoints").glob("checkpoint-*"))
     if not steps:
@@ -336,43 +339,46 @@ def _points(base: Callable[[], Base], adapter: Path, texts: Mapping[str, str]) -
     drift, loss = measure_updates(
         base().model, base().tokenizer, updates, texts, base().held_out, may_be_nothing=marks
     )
-    found = {name: {"held_out_loss": loss[name], "drift": drift[name]} for name in updates}
+    points = {name: {"held_out_loss": loss[name], "drift": drift[name]} for name in updates}
     return {
-        "trained": [{"step": step, **found[name]} for step, name in zip(steps, [*marks, "end"], strict=True)],
+        "trained": [{"step": step, **points[name]} for step, name in zip(steps, [*marks, "end"], strict=True)],
         "scaled": [
-            {"scale": scale, **found[name]} for scale, name in zip((*SCALES, 1.0), [*scaled, "end"], strict=True)
+            {"scale": scale, **points[name]} for scale, name in zip((*SCALES, 1.0), [*scaled, "end"], strict=True)
         ],
     }
 
 
 @contextlib.contextmanager
 def _notes_once() -> Iterator[None]:
-    """Have the trainings say once what all of them would say of the data."""
-    log, said = logging.getLogger("hiplora.training"), set[str]()
+    """Log once what every training would log of the data."""
+    log, logged = logging.getLogger("hiplora.training"), set[str]()
 
-    def new(record: logging.LogRecord) -> bool:
-        known = record.getMessage() in said
-        said.add(record.getMessage())
-        return not known
+    def is_new(record: logging.LogRecord) -> bool:
+        repeated = record.getMessage() in logged
+        logged.add(record.getMessage())
+        return not repeated
 
-    log.addFilter(new)
+    log.addFilter(is_new)
     try:
         yield
     finally:
-        log.removeFilter(new)
+        log.removeFilter(is_new)
 
 
 def _train(recipe: TrainRecipe, title: str, out: Path) -> Results:
     result = train(recipe, out, resume=True, description=title)
-    kept = ("trainable_parameters", "seconds", "tokens")
-    return {"lr": recipe.train.lr, **{name: getattr(result, name) for name in kept}}
+    cost = ("trainable_parameters", "seconds", "tokens")
+    return {"lr": recipe.train.lr, **{name: getattr(result, name) for name in cost}}
 
 
 def _notes(texts: Mapping[str, str], train: Sequence[Example]) -> list[str]:
     shares = overlap(texts, [example.prompt + example.response for example in train])
-    told = "{:.0%} of the drift text “{}” stands in the training data too: its drift says little."
     return [
-        *(told.format(share, name) for name, share in shares.items() if share),
+        *(
+            f"{share:.0%} of the drift text “{name}” stands in the training data too: its drift says little."
+            for name, share in shares.items()
+            if share
+        ),
         "One run of each method with one seed: small differences may be chance.",
         f"KL divergence in nats a token: at {SMALL} answers are worded differently, around 1 they are other answers.",
     ]

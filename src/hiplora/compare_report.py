@@ -1,4 +1,4 @@
-"""What `hiplora compare` found: read at equal learning, in words, as a table and as a page."""
+"""The results of `hiplora compare`: read at equal learning, in words, as a table and as a page."""
 
 import itertools
 import json
@@ -29,8 +29,9 @@ def at_equal_learning(base: float, methods: Mapping[str, Results]) -> Results:
     the loss. Between two points the square root of the divergence, which grows as the update does, is linear in it.
     """
     loss = max(min(point["held_out_loss"] for point in record["trained"]) for record in methods.values())
-    ways = ("trained", "scaled")
-    reached = {name: {way: _crossing(base, record[way], loss) for way in ways} for name, record in methods.items()}
+    reached = {
+        name: {curve: _crossing(base, record[curve], loss) for curve in CURVES} for name, record in methods.items()
+    }
     return {"loss": loss, "methods": reached}
 
 
@@ -38,16 +39,16 @@ def _crossing(base: float, points: Sequence[Results], loss: float) -> Results | 
     """Return the drift of each text where a curve that begins at the base model first reaches a loss."""
     if base <= loss:  # the base model is there already
         return {text: {"kl": 0.0, "greedy_changed": 0.0} for text in points[0]["drift"]}
-    whole: Sequence[Results] = [{"held_out_loss": base, "drift": {}}, *points]
-    for before, after in itertools.pairwise(whole):
+    curve: Sequence[Results] = [{"held_out_loss": base, "drift": {}}, *points]
+    for before, after in itertools.pairwise(curve):
         if after["held_out_loss"] > loss:
             continue
         share = (before["held_out_loss"] - loss) / (before["held_out_loss"] - after["held_out_loss"])
         reached = {}
-        for text, now in after["drift"].items():
-            was = before["drift"].get(text, {"kl": 0.0, "greedy_changed": 0.0})
-            root = (1 - share) * max(was["kl"], 0.0) ** 0.5 + share * max(now["kl"], 0.0) ** 0.5
-            changed = (1 - share) * was["greedy_changed"] + share * now["greedy_changed"]
+        for text, end in after["drift"].items():
+            start = before["drift"].get(text, {"kl": 0.0, "greedy_changed": 0.0})
+            root = (1 - share) * max(start["kl"], 0.0) ** 0.5 + share * max(end["kl"], 0.0) ** 0.5
+            changed = (1 - share) * start["greedy_changed"] + share * end["greedy_changed"]
             reached[text] = {"kl": root**2, "greedy_changed": changed}
         return reached
     return None
@@ -62,32 +63,34 @@ def headline(results: Results) -> str:
         return f"{' and '.join(idle)} learned nothing at this learning rate: lower it (--lr)."
     if base - loss < LEARNED:
         return "These steps taught too little to compare anything: train longer (--steps)."
-    if (two := _best(methods)) is None:
+    if (best := _best(methods)) is None:
         return f"What each method changed where all have reached a held-out loss of {loss:.3f}"
-    less, more = sorted(two, key=lambda name: mean_of(two[name], "kl"))
-    times = spread(two[more], two[less])
+    less, more = sorted(best, key=lambda name: mean_of(best[name], "kl"))
+    times = spread(best[more], best[less])
     return f"Where both have learned the same, {more} drifts {times} as far from the base as {less}."
 
 
 def details(results: Results) -> str:
     """Return what the headline leaves out; empty where there is nothing to compare."""
-    two = _best(results["equal"]["methods"])
-    if two is None or results["base"]["held_out_loss"] - results["equal"]["loss"] < LEARNED:
+    best = _best(results["equal"]["methods"])
+    if best is None or results["base"]["held_out_loss"] - results["equal"]["loss"] < LEARNED:
         return ""
-    changed = " and ".join(f"{mean_of(drift, 'greedy_changed'):.1%} with {name}" for name, drift in two.items())
-    said = f"Next tokens chosen differently there, on other text: {changed}, each scaled down where that helps."
-    if max(found["kl"] for drift in two.values() for found in drift.values()) < SMALL:
-        said += " No method has moved the model far yet: train longer (--steps) to see."
-    return said
+    changed = " and ".join(f"{mean_of(drift, 'greedy_changed'):.1%} with {name}" for name, drift in best.items())
+    text = f"Next tokens chosen differently there, on other text: {changed}, each scaled down where that helps."
+    if max(measure["kl"] for drift in best.values() for measure in drift.values()) < SMALL:
+        text += " No method has moved the model far yet: train longer (--steps) to see."
+    return text
 
 
 def _best(methods: Mapping[str, Results]) -> dict[str, Mapping[str, Results]] | None:
     """Return the drift of a plain LoRA and of HiP-LoRA, each at its best: stopped there, or scaled down to it."""
-    named = [next((name for name in methods if name.startswith(kind)), None) for kind in ("LoRA", "HiP-LoRA")]
-    if None in named:
-        return None
-    ways = {name: filter(None, methods[name].values()) for name in named if name}
-    return {name: min(found, key=lambda one: mean_of(one, "kl")) for name, found in ways.items()}
+    best = {}
+    for kind in ("LoRA", "HiP-LoRA"):
+        name = next((name for name in methods if name.startswith(kind)), None)
+        if name is None:
+            return None
+        best[name] = min(filter(None, methods[name].values()), key=lambda drift: mean_of(drift, "kl"))
+    return best
 
 
 def summary(results: Results) -> pd.DataFrame:
@@ -96,9 +99,9 @@ def summary(results: Results) -> pd.DataFrame:
     for name, record in results["methods"].items():
         reached = results["equal"]["methods"][name]
         columns[name] = {
-            **{f"KL, {text}": found["kl"] for text, found in reached["trained"].items()},
+            **{f"KL, {text}": drift["kl"] for text, drift in reached["trained"].items()},
             "next token changed": f"{mean_of(reached['trained'], 'greedy_changed'):.1%}",
-            **{f"KL, {text}, scaled down": found["kl"] for text, found in (reached["scaled"] or {}).items()},
+            **{f"KL, {text}, scaled down": drift["kl"] for text, drift in (reached["scaled"] or {}).items()},
             "held-out loss at the end": record["trained"][-1]["held_out_loss"],
             "learning rate": f"{record['lr']:g}",
             "training, minutes": f"{record['seconds'] / 60:.1f}",
@@ -125,14 +128,14 @@ def shown(rows: Sequence[Results]) -> list[Results]:
     ]
 
 
-def mean_of(drift: Mapping[str, Results], what: str) -> float:
+def mean_of(drift: Mapping[str, Results], measure: str) -> float:
     """Return the mean over the texts of one measure of drift."""
-    return sum(text[what] for text in drift.values()) / len(drift)
+    return sum(text[measure] for text in drift.values()) / len(drift)
 
 
 def spread(drift: Mapping[str, Results], other: Mapping[str, Results]) -> str:
-    """Return how many times the divergence of the other one this is, from the least text to the most."""
-    times = sorted(found["kl"] / max(other[text]["kl"], 1e-9) for text, found in drift.items())
+    """Return how many times the divergence of the other one this is, from the text with the least to the most."""
+    times = sorted(measure["kl"] / max(other[text]["kl"], 1e-9) for text, measure in drift.items())
     low, high = (f"{value:.2g}" if value < 10 else f"{value:,.0f}" for value in (times[0], times[-1]))
     return f"{low} times" if low == high else f"{low} to {high} times"
 
@@ -143,21 +146,25 @@ def write_report(results: Results, out: Path) -> None:
     rows = [
         {
             "method": name,
-            "curve": told,
+            "curve": label,
             "at": f"step {point['step']}" if "step" in point else f"scale {point['scale']}",
             "held-out loss": point["held_out_loss"],
-            **{f"KL, {text}": found["kl"] for text, found in point["drift"].items()},
+            **{f"KL, {text}": drift["kl"] for text, drift in point["drift"].items()},
             "KL": mean_of(point["drift"], "kl"),
         }
         for name, record in results["methods"].items()
-        for curve, told in CURVES.items()
+        for curve, label in CURVES.items()
         for point in record[curve]
     ]
     points = pd.DataFrame(rows)
-    label = "KL from the base model, nats per token, mean over the texts"
     figures = {
         f"Learned against disturbed, {curve}; lower left is better": plots.lines(
-            part, "KL", "held-out loss", "method", logx=True, xlabel=label
+            part,
+            "KL",
+            "held-out loss",
+            "method",
+            logx=True,
+            xlabel="KL from the base model, nats per token, mean over the texts",
         )
         for curve, part in points.groupby("curve", sort=False)
     }
@@ -167,11 +174,11 @@ def write_report(results: Results, out: Path) -> None:
         f"loss of {loss:.3f}, the lowest that all reach (base model: {results['base']['held_out_loss']:.3f}): trained "
         f"just that far, or trained to the end and scaled down to it. {adapted}.\n\n"
     ) + "\n\n".join(filter(None, [details(results), *results["notes"]]))
-    own, answers = len(results["expected"]), shown(results["answers"])
-    task = [row | {"expected": right} for row, right in zip(answers, results["expected"], strict=False)]
+    answers, expected = shown(results["answers"]), results["expected"]  # the answers on the task come first
+    task = [row | {"expected": response} for row, response in zip(answers, expected, strict=False)]
     sections = [
         Section("Drift at equal learning", text, {f"At held-out loss {loss:.3f}": summary(results)}, figures),
-        Section("What the models say about everything else", answers=answers[own:]),
+        Section("What the models say about everything else", answers=answers[len(expected) :]),
         Section("What they say on your task", answers=task),
         Section("What to do next", code=next_steps(results, out)),
         Section("All points", tables={"Points": points}),

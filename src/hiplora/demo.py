@@ -1,4 +1,4 @@
-"""`hiplora demo`: two small skills trained apart with LoRA and with HiP-LoRA, then added: what became of the model."""
+"""`hiplora demo`: two small skills trained apart with LoRA and HiP-LoRA, added, and what that does to the model."""
 
 import functools
 import json
@@ -73,13 +73,13 @@ class Skill:
 def skills() -> tuple[Skill, Skill]:
     """Return the two skills: answers of an invented shop in its house style, and requests turned into JSON."""
 
-    def check_answer(said: str, expected: str) -> dict[str, bool]:
-        styled = said.startswith(OPENING) and said.endswith(CLOSING)
-        return {"in house style": styled, "right": next(fact for fact in FACTS if fact in expected) in said}
+    def check_answer(answer: str, expected: str) -> dict[str, bool]:
+        styled = answer.startswith(OPENING) and answer.endswith(CLOSING)
+        return {"in house style": styled, "right": next(fact for fact in FACTS if fact in expected) in answer}
 
-    def check_json(said: str, expected: str) -> dict[str, bool]:
+    def check_json(answer: str, expected: str) -> dict[str, bool]:
         try:
-            value = json.loads(said)
+            value = json.loads(answer)
         except ValueError:
             return {"valid JSON": False, "right": False}
         return {"valid JSON": True, "right": value == json.loads(expected)}
@@ -157,12 +157,12 @@ def summary(results: Results) -> pd.DataFrame:
     """Return the results as a table, a column a method and the base model first."""
     columns = {}
     for name, counts in results["summary"].items():
-        column = {check: f"{passed} of {asked}" for check, (passed, asked) in counts["checks"].items()}
-        for what in ("spilled", "changed"):
-            column[OTHERS[what]] = f"{counts[f'others {what}']} of {len(results['others'])}"
+        column = {check: f"{passed} of {total}" for check, (passed, total) in counts["checks"].items()}
+        for effect, label in OTHERS.items():
+            column[label] = f"{counts[f'others {effect}']} of {len(results['others'])}"
         if record := results["methods"].get(name):
             drift, alone = record["drift"]["added"], record["alone"]
-            column |= {f"KL, {text}": found["kl"] for text, found in drift.items()}
+            column |= {f"KL, {text}": measure["kl"] for text, measure in drift.items()}
             column["next token changed"] = f"{mean_of(drift, 'greedy_changed'):.1%}"
             column |= {f"{skill}, alone: held-out loss": part["held_out"]["after"] for skill, part in alone.items()}
         columns["base model" if name == "base" else name] = column
@@ -187,10 +187,10 @@ def _train(settings: DemoSettings, key: str, skill: Skill, out: Path) -> Results
         "seed": settings.seed,
     }
     title = f"{METHODS[key].title}, {skill.name}"
-    callbacks = [StopAtLoss()]
-    result = train(TrainRecipe.model_validate(fields), out, resume=True, callbacks=callbacks, description=title)
-    kept = ("trainable_parameters", "seconds", "tokens", "held_out")
-    return {"steps": result.metrics[-1]["step"], **{name: getattr(result, name) for name in kept}}
+    recipe = TrainRecipe.model_validate(fields)
+    result = train(recipe, out, resume=True, callbacks=[StopAtLoss()], description=title)
+    reported = ("trainable_parameters", "seconds", "tokens", "held_out")
+    return {"steps": result.metrics[-1]["step"], **{name: getattr(result, name) for name in reported}}
 
 
 def _add(base: Callable[[], Base], adapters: Path, key: str, both: Sequence[Skill], texts: dict[str, str]) -> Results:
@@ -206,23 +206,27 @@ def _add(base: Callable[[], Base], adapters: Path, key: str, both: Sequence[Skil
 def _answers(base: Base, adapters: Path, both: Sequence[Skill]) -> Results:
     """Return what the models answer to each skill's held-back prompts, alone and added, and to unrelated questions."""
 
-    def said(prompts: Sequence[Example | str], which: str) -> list[dict[str, str]]:
-        named = {METHODS[key].title: adapters / f"{key}-{which}" for key in COMPARED}
-        return base.answers(named, prompts, ANSWER_TOKENS)
+    def answers(prompts: Sequence[Example | str], suffix: str) -> list[dict[str, str]]:
+        folders = {METHODS[key].title: adapters / f"{key}-{suffix}" for key in COMPARED}
+        return base.answers(folders, prompts, ANSWER_TOKENS)
 
-    def asked(skill: Skill, which: str) -> Iterator[Results]:
+    def checked_answers(skill: Skill, suffix: str) -> Iterator[Results]:
         rows = skill.rows("held_out")
-        answers = said([Example(row["prompt"], row["completion"]) for row in rows], which)
-        for row, texts in zip(rows, answers, strict=True):
+        answered = answers([Example(row["prompt"], row["completion"]) for row in rows], suffix)
+        for row, texts in zip(rows, answered, strict=True):
             passed = {name: skill.check(text, row["completion"]) for name, text in texts.items()}
             expected = row["completion"].strip()
             yield {"prompt": row["prompt"], "expected": expected, "said": texts, "passed": passed}
 
     skills = {
-        one.name: {"about": one.about, "alone": list(asked(one, one.name)), "added": list(asked(one, "added"))}
-        for one in both
+        skill.name: {
+            "about": skill.about,
+            "alone": list(checked_answers(skill, skill.name)),
+            "added": list(checked_answers(skill, "added")),
+        }
+        for skill in both
     }
-    others = [{"prompt": p, "said": texts} for p, texts in zip(QUESTIONS, said(QUESTIONS, "added"), strict=True)]
+    others = [{"prompt": p, "said": texts} for p, texts in zip(QUESTIONS, answers(QUESTIONS, "added"), strict=True)]
     return {"skills": skills, "others": others}
 
 
@@ -230,35 +234,35 @@ def _counts(results: Results, name: str) -> Results:
     """Return how many held-back prompts a model answers rightly, by check, and how many other answers it changed."""
     checks: Results = {}
     right = {"alone": 0, "added": 0}
-    for skill, found in results["skills"].items():
+    for skill, record in results["skills"].items():
         for state in right:
-            passed = pd.DataFrame([row["passed"][name] for row in found[state]])
+            passed = pd.DataFrame([row["passed"][name] for row in record[state]])
             right[state] += int(passed.all(axis=1).sum())
             counts = passed.sum() if state == "added" else passed[["right"]].sum()
             checks |= {f"{skill}, {state}: {check}": [int(count), len(passed)] for check, count in counts.items()}
     others = [row["said"] for row in results["others"]]
     return {
-        "asked": sum(len(found["added"]) for found in results["skills"].values()),
+        "asked": sum(len(record["added"]) for record in results["skills"].values()),
         **{f"right {state}": count for state, count in right.items()},
         "checks": checks,
-        "others spilled": sum(any(word in said[name] for word in WORDS) for said in others),
-        "others changed": sum(said[name] != said["base"] for said in others),
+        "others spilled": sum(any(word in texts[name] for word in WORDS) for texts in others),
+        "others changed": sum(texts[name] != texts["base"] for texts in others),
     }
 
 
 def _write_report(results: Results, out: Path) -> None:
     skills = results["skills"].values()
     text = (
-        f"One skill {', the other '.join(found['about'] for found in skills)}. Each was trained until its loss on "
+        f"One skill {', the other '.join(skill['about'] for skill in skills)}. Each was trained until its loss on "
         f"held-back prompts was at most {results['settings']['loss']}; then a method's two adapters were added. KL "
         "divergence from the base model is on prose and code, in nats a token: at 0.01 answers are worded differently, "
         "but stay on the subject. One run, one seed."
     )
-    own = [row for found in skills for row in found["added"][:SHOWN]]
+    examples = [row for skill in skills for row in skill["added"][:SHOWN]]
     sections = [
         Section("What the models say to everything else", answers=shown(results["others"])),
         Section("What they know", text, {"Held-back prompts, and the rest": summary(results)}),
-        Section("What they say on the two skills", answers=shown(own)),
+        Section("What they say on the two skills", answers=shown(examples)),
     ]
     about = {"model": results["model"], "settings": results["settings"], **results["provenance"]}
     subtitle = f"{results['model']}, taught two small skills apart, which were then added"

@@ -46,5 +46,5 @@ def measuring_place(device: str = "auto") -> "tuple[str, torch.dtype]":
     """Return where a model is measured and in which precision: in bf16 on a GPU, in fp32 on the CPU."""
     import torch
 
-    place = pick_device(device)
-    return place, torch.float32 if place == "cpu" else torch.bfloat16
+    device = pick_device(device)
+    return device, torch.float32 if device == "cpu" else torch.bfloat16

@@ -31,5 +31,5 @@ def require(extra: str) -> None:
 
 def missing(library: str, extra: str | None = None) -> MissingExtraError:
     """Return the error for a library that is not installed."""
-    extra = extra or next((name for name, brings in EXTRAS.items() if library in brings), "all")
+    extra = extra or next((name for name, libraries in EXTRAS.items() if library in libraries), "all")
     return MissingExtraError(f"{library} is not installed; run: pip install 'hiplora[{extra}]'")

@@ -29,23 +29,23 @@ def write_atomic(path: str | os.PathLike, data: str | bytes) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode() if isinstance(data, str) else data
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(aside, file_mode())
-        os.replace(aside, path)
+        os.chmod(temporary, file_mode())
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)
+            os.unlink(temporary)
         raise
     return path
 
 
 def write_state(path: str | os.PathLike, value: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a JSON object for `read_state`, and return it as that will."""
+    """Write a JSON object, and return it as `read_state` will."""
     state: dict[str, Any] = json.loads(json.dumps(value))
     write_atomic(path, json.dumps({"sha256": json_sha256(state), "value": state}, indent=1))
     return state
@@ -54,24 +54,24 @@ def write_state(path: str | os.PathLike, value: Mapping[str, Any]) -> dict[str, 
 def read_state(path: str | os.PathLike) -> dict[str, Any] | None:
     """Return what `write_state` wrote; None if there is no such file, or it is damaged."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        return found["value"] if found["sha256"] == json_sha256(found["value"]) else None
+        state = json.loads(Path(path).read_text(encoding="utf-8"))
+        return state["value"] if state["sha256"] == json_sha256(state["value"]) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 Inputs = Mapping[str, "str | os.PathLike | None"]  # what it is → a file or folder, or a name on the hub
-_READ: contextvars.ContextVar[Inputs | None] = contextvars.ContextVar("read", default=None)
+_SPARED: contextvars.ContextVar[Inputs | None] = contextvars.ContextVar("spared", default=None)
 
 
 @contextlib.contextmanager
 def sparing(inputs: Inputs) -> Iterator[None]:
-    """Let no output replace these inputs inside the block, whatever else its writer names."""
-    token = _READ.set({**(_READ.get() or {}), **inputs})
+    """Let no output replace these inputs inside the block, besides those that its writer names."""
+    token = _SPARED.set({**(_SPARED.get() or {}), **inputs})
     try:
         yield
     finally:
-        _READ.reset(token)
+        _SPARED.reset(token)
 
 
 def check_output_dir(
@@ -90,8 +90,8 @@ def check_output_dir(
     _check_replaced(path, overwrite, inputs, option)
     if path.exists():
         folder = path.resolve()
-        precious = any(own.is_relative_to(folder) for own in (Path.cwd(), Path.home())) or (folder / ".git").exists()
-        if precious:
+        holds_user = any(place.resolve().is_relative_to(folder) for place in (Path.cwd(), Path.home()))
+        if holds_user or (folder / ".git").exists():
             raise ConfigError(f"{option} {path}: --overwrite would delete all of this folder; name another")
     return path
 
@@ -116,11 +116,11 @@ def _check_replaced(path: Path, overwrite: bool, inputs: Inputs | None, option: 
     if not path.exists():
         return
     final = path.resolve()
-    for what, given in {**(_READ.get() or {}), **(inputs or {})}.items():
-        if given and os.path.exists(given):
-            place = Path(given).resolve()
-            if place.is_relative_to(final) or final.is_relative_to(place):
-                raise ConfigError(f"{option} {path}: replacing it would delete {what} ({given}); name another")
+    for description, name in {**(_SPARED.get() or {}), **(inputs or {})}.items():
+        if name and os.path.exists(name):
+            source = Path(name).resolve()
+            if source.is_relative_to(final) or final.is_relative_to(source):
+                raise ConfigError(f"{option} {path}: replacing it would delete {description} ({name}); name another")
     if not overwrite:
         kind = "folder" if path.is_dir() else "file"
         raise ConfigError(f"{option} {path}: exists already; name another {kind} or pass --overwrite")
@@ -131,28 +131,29 @@ def staged_dir(path: str | os.PathLike, overwrite: bool = False, inputs: Inputs 
     """Yield an empty folder beside `path`; on success it becomes `path`, on failure it is removed.
 
     A folder that is replaced goes only when the new one is in its place. What a killed process left is put right first.
+    A `path` that is a link stays one; the folder is where it leads.
 
     Raises:
         ConfigError: as `check_output_dir`, before the block runs and again before its folder is put in place; or
             another process is working there.
     """
-    final = check_output_dir(path, overwrite, inputs)
+    final = check_output_dir(path, overwrite, inputs).resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
     lock = locked(final.parent / f".{final.name}.part.lock", path)
     try:
         sweep(final)
         check_output_dir(path, overwrite, inputs)
-        aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".part"))
-        aside.chmod(0o777 & ~_UMASK)
-        yield aside
-        make_readable(aside)
-        if check_output_dir(final, overwrite).exists():
+        staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".part"))
+        staging.chmod(0o777 & ~_UMASK)
+        yield staging
+        make_readable(staging)
+        if check_output_dir(path, overwrite).exists():
             set_aside(final)
-        os.replace(aside, final)  # if it fails, or the process is killed here, the sweep puts the old one back
+        os.replace(staging, final)  # if it fails, or the process is killed here, the sweep puts the old one back
     finally:
         sweep(final)
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: the file of the next holder stays
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def make_readable(folder: Path) -> None:
@@ -187,10 +188,11 @@ def set_aside(final: Path) -> None:
 
 
 def sweep(final: Path) -> None:
-    """Remove what is left beside a folder's place, but put a folder back that was to be replaced and was not."""
-    left = re.compile(rf"\.{re.escape(final.name)}\.[^.]+\.(part|old)")  # not what belongs to a longer name: model.v2
-    found = [path for path in final.parent.iterdir() if left.fullmatch(path.name) and path.is_dir()]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime):  # of several, the first that was set aside
+    """Remove leftovers beside a folder's place, but put back a folder that was to be replaced and was not."""
+    # Not what belongs to a longer name, such as model.v2.
+    temporary = re.compile(rf"\.{re.escape(final.name)}\.[^.]+\.(part|old)")
+    leftovers = [path for path in final.parent.iterdir() if temporary.fullmatch(path.name) and path.is_dir()]
+    for path in sorted(leftovers, key=lambda path: path.stat().st_mtime):  # of several, the first that was set aside
         if (path / "old").exists() and path.suffix == ".old" and not final.exists():
             os.replace(path / "old", final)
         shutil.rmtree(path, ignore_errors=True)

@@ -93,15 +93,16 @@ def merge_check(
     check_output_dir(out, overwrite, {**inputs, **{f"adapter {name}": folder for name, folder in named.items()}})
     merges = {}
     for label, (method, names) in groups.items():
-        own = {name: value for name, value in how.options.items() if name in find_rule(method).defaults}
-        parts, numbers = [updates[name] for name in names], [weights[name] for name in names]
-        merges[label] = merge(parts, method, numbers, base=how.base, rank=how.rank, options=own)
+        options = {name: value for name, value in how.options.items() if name in find_rule(method).defaults}
+        parts, part_weights = [updates[name] for name in names], [weights[name] for name in names]
+        merges[label] = merge(parts, method, part_weights, base=how.base, rank=how.rank, options=options)
     owners = {task.name: task.name for task in suite.tasks if task.name in named}
-    known = ", ".join(task.name for task in suite.tasks)
-    for name in [name for name in named if name not in owners] if owners else ():
-        log.warning(
-            "adapter %s: no task of the suite has this name (%s), so it counts as trained for none", name, known
-        )
+    if owners:
+        tasks = ", ".join(task.name for task in suite.tasks)
+        for name in (name for name in named if name not in owners):
+            log.warning(
+                "adapter %s: no task of the suite has this name (%s), so it counts as trained for none", name, tasks
+            )
     how_merged = [weights, dict(how.options), how.rank, how.base]
     scoring = Scoring("merge-check", model, named, suite, settings, Path(out), merge=how_merged)
     network, merged = scoring.network, merges[how.methods[0]]
@@ -127,17 +128,18 @@ def merge_check(
 
 def _groups(names: Sequence[str], how: MergeSettings, suite: Suite) -> dict[str, Group]:
     """Return the merges by label: of each rule that of all, under its name, and every choice of each of `sizes`."""
-    known = {name for method in how.methods for name in find_rule(method).defaults}
-    find_rule(how.methods[0]).options({name: value for name, value in how.options.items() if name not in known})
+    # An option that no rule has is an error of the first.
+    defined = {name for method in how.methods for name in find_rule(method).defaults}
+    find_rule(how.methods[0]).options({name: value for name, value in how.options.items() if name not in defined})
     if len(names) < 2:
         raise ConfigError(f"{len(names)} adapter given; a merge needs at least two")
-    if taken := set(names) & set(how.methods):
-        raise ConfigError(f"adapter {taken.pop()!r}: has the name of a merge rule; give it another, as NAME=FOLDER")
+    if ambiguous := set(names) & set(how.methods):
+        raise ConfigError(f"adapter {min(ambiguous)!r}: has the name of a merge rule; give it another, as NAME=FOLDER")
     tasks = sorted(task.name for task in suite.tasks)
-    if how.sizes and (strangers := [name for name in names if name not in tasks]):
+    if how.sizes and (without_task := [name for name in names if name not in tasks]):
         raise ConfigError(
             f"--sizes: needs every adapter as TASK=FOLDER with a task of the suite ({', '.join(tasks)}); "
-            f"{strangers[0]} is none"
+            f"{without_task[0]} is none"
         )
     groups: dict[str, Group] = {method: (method, tuple(names)) for method in how.methods}
     for method, size in itertools.product(how.methods, how.sizes):
@@ -150,14 +152,19 @@ def _groups(names: Sequence[str], how: MergeSettings, suite: Suite) -> dict[str,
 
 
 def _verdict(
-    found: Mapping[str, Any], owners: Mapping[str, str], groups: Mapping[str, Group], method: str, form: str, seed: int
+    record: Mapping[str, Any],
+    owners: Mapping[str, str],
+    groups: Mapping[str, Group],
+    method: str,
+    form: str,
+    seed: int,
 ) -> dict[str, Any]:
-    """Judge a rule's merges by one form of the scores, of what `collect` returns.
+    """Judge a rule's merges by one form of the scores in the record of a check.
 
     `owners` says which run was trained for a task; if empty, each task belongs to the adapter that is best at it.
     """
-    runs, notes = found["runs"], []
-    scored = [task for task in found["tasks"] if form in runs[method].get(task, {})]
+    runs, notes = record["runs"], []
+    scored = [task for task in record["tasks"] if form in runs[method].get(task, {})]
     if not owners:
         names = groups[method][1]
         owners = {
@@ -167,21 +174,21 @@ def _verdict(
     rows: dict[str, dict[str, Any]] = {"tasks": {}, "kept": {}}
     for task in scored:
         before = owners.get(task, BASE)
-        of = {"of": method, "against": before}
-        row = next(row for row in found["differences"][task][form] if of.items() <= row.items())
+        pair = {"of": method, "against": before}
+        row = next(row for row in record["differences"][task][form] if pair.items() <= row.items())
         rows["tasks" if task in owners else "kept"][task] = {
             "before_of": before,
-            "metric": found["tasks"][task]["metrics"][form],
+            "metric": record["tasks"][task]["metrics"][form],
             "before": runs[before][task][form]["estimate"],
             "after": runs[method][task][form]["estimate"],
             "difference": {key: row[key] for key in ("estimate", "low", "high", "p")},
         }
     merges = []
     for label, (rule, names) in groups.items():
-        own = [task for task in scored if owners.get(task) in names]
-        if rule == method and own:
-            alone = {task: runs[owners[task]][task][form]["items"] for task in own}
-            merges.append((alone, {task: runs[label][task][form]["items"] for task in own}))
+        tasks = [task for task in scored if owners.get(task) in names]
+        if rule == method and tasks:
+            alone = {task: runs[owners[task]][task][form]["items"] for task in tasks}
+            merges.append((alone, {task: runs[label][task][form]["items"] for task in tasks}))
     judged = judge(merges, seed) if merges else {"merge_fail": {}, "mean_drop": None}
     if len(merges) == 1:
         notes.append(_ONE_MERGE)
@@ -190,7 +197,7 @@ def _verdict(
 
 def verdict_notes(record: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each rule and form of scores, what the merge broke, then the notes, each once."""
-    said, notes = [], []
+    sentences, notes = [], []
     for method, forms in record["verdicts"].items():
         for form, judged in forms.items():
             lost = [
@@ -198,18 +205,20 @@ def verdict_notes(record: Mapping[str, Any]) -> list[str]:
                 for task, row in judged["tasks"].items()
                 if row["difference"]["high"] < 0
             ]
-            which = f"lower on {', '.join(lost)}" if lost else "clearly lower on none"
-            said.append(f"{method}, by {form}: {which}, of {len(judged['tasks'])} tasks that its adapters were for.")
+            change = f"lower on {', '.join(lost)}" if lost else "clearly lower on none"
+            sentences.append(
+                f"{method}, by {form}: {change}, of {len(judged['tasks'])} tasks that its adapters were for."
+            )
             notes += judged["notes"]
-    return [*said, *dict.fromkeys(notes)]
+    return [*sentences, *dict.fromkeys(notes)]
 
 
 def verdict_tables(record: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     """Return a check's verdicts, caption → table: scores before and after, and MergeFail, per rule."""
     from hiplora.reporting import interval
 
-    def shown(found: Mapping[str, float], scale: float = 1, digits: int = 1) -> str:
-        estimate, low, high = (scale * found[key] for key in ("estimate", "low", "high"))
+    def cell(measure: Mapping[str, float], scale: float = 1, digits: int = 1) -> str:
+        estimate, low, high = (scale * measure[key] for key in ("estimate", "low", "high"))
         return interval(estimate, low, high, digits)
 
     tables = {}
@@ -217,12 +226,12 @@ def verdict_tables(record: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
         scores, failing = [], []
         for form, judged in forms.items():
             for task, row in {**judged["tasks"], **judged["kept"]}.items():
-                cells = row["before_of"], f"{row['before']:.1f}", f"{row['after']:.1f}", shown(row["difference"])
+                cells = row["before_of"], f"{row['before']:.1f}", f"{row['after']:.1f}", cell(row["difference"])
                 scores.append((record["tasks"][task]["title"], row["metric"], *cells))
             for tau, row in judged["merge_fail"].items():
-                failing.append((form, f"MergeFail at τ = {tau}, %", shown(row, 100, 0)))
+                failing.append((form, f"MergeFail at τ = {tau}, %", cell(row, 100, 0)))
             if judged["mean_drop"] is not None:
-                failing.append((form, "mean |drop|, pp", shown(judged["mean_drop"])))
+                failing.append((form, "mean |drop|, pp", cell(judged["mean_drop"])))
         caption = f"{method}: scores before and after, per cent, 95 % intervals"
         tables[caption] = pd.DataFrame(scores, columns=list(_SCORES))
         merges = max(judged["instances"] for judged in forms.values())
@@ -245,32 +254,32 @@ def drift_of_merge(
         return None
     tokenizer = load_tokenizer(merged.base)
     weighted = zip(updates.items(), weights, strict=True)
-    alone = {name: merge([one], weights=[weight]) for (name, one), weight in weighted if weight}
-    model, everything = load_for(merged, device), {**alone, "merge": merged}
+    alone = {name: merge([update], weights=[weight]) for (name, update), weight in weighted if weight}
+    model, measured = load_for(merged, device), {**alone, "merge": merged}
     texts = drift_texts()
-    drift, _ = measure_updates(model, tokenizer, everything, texts, may_be_nothing=everything)
+    drift, _ = measure_updates(model, tokenizer, measured, texts, may_be_nothing=measured)
     ratios = {}
-    for text, found in drift["merge"].items():
+    for text, of_merge in drift["merge"].items():
         parts = sum(drift[name][text]["kl"] for name in alone)
-        ratios[text] = found["kl"] / max(parts, rounding(model))
+        ratios[text] = of_merge["kl"] / max(parts, rounding(model))
     text, worst = max(ratios.items(), key=lambda item: item[1])
     kl, changed = (drift["merge"][text][key] for key in ("kl", "greedy_changed"))
     judged = "they change the same things; smaller --weights or --scale keep more of the base."
     if worst <= 1.5:
         judged = "they hardly disturb each other."
     elif worst > len(alone):
-        larger = {name: one.scaled(len(alone)) for name, one in alone.items()}
+        larger = {name: update.scaled(len(alone)) for name, update in alone.items()}
         agreeing, _ = measure_updates(model, tokenizer, larger, {text: texts[text]}, may_be_nothing=larger)
-        if kl > _BEYOND * sum(found[text]["kl"] for found in agreeing.values()) / len(alone):
+        if kl > _BEYOND * sum(drifts[text]["kl"] for drifts in agreeing.values()) / len(alone):
             judged = "it breaks what none of them does. See hiplora merge-check and hiplora protect."
-    share = f", {worst:.2g} times what the adapters drift alone, added up: {judged}"
+    comparison = f", {worst:.2g} times what the adapters drift alone, added up: {judged}"
     if len(alone) == 1:
-        share = "."
+        comparison = "."
     elif kl < rounding(model):
-        share = f", no more than rounding: {judged}"
+        comparison = f", no more than rounding: {judged}"
     verdict = (
         f"The merge drifts {kl:.2g} nats a token from the base on {text} ({changed:.1%} of its top tokens change)"
-        f"{share}"
+        f"{comparison}"
     )
     return {"drift": drift, "verdict": verdict}
 

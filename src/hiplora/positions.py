@@ -6,24 +6,27 @@ from typing import Any
 def context_length(model: Any) -> int | None:
     """Return how many tokens a model was made for; None if its configuration does not say."""
     config = getattr(model, "config", None)
-    found = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
-    return found if isinstance(found, int) and found > 0 else None
+    length = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def position_limit(model: Any) -> int | None:
-    """Return how many tokens a model can read, where it has a table of positions; None where these go on by a rule."""
+    """Return how many tokens a model can read if it has a table of positions; None if a rule gives any position."""
     from torch import nn
 
-    context, words = context_length(model), model.get_input_embeddings()
-    tables = [one.num_embeddings for one in model.modules() if isinstance(one, nn.Embedding) and one is not words]
-    tables += [len(table) for table in model.buffers() if table.dim() == 2]  # of sines
-    if model.config.model_type == "mpt":  # its biases for distances, made anew in every pass
+    context, vocabulary = context_length(model), model.get_input_embeddings()
+    if model.config.model_type == "mpt":  # its biases for distances are made anew in every pass
         return context
-    return context if context and any(context <= size <= context + 2 for size in tables) else None
+    embeddings = (
+        module for module in model.modules() if isinstance(module, nn.Embedding) and module is not vocabulary
+    )
+    sizes = [embedding.num_embeddings for embedding in embeddings]
+    sizes += [len(sines) for sines in model.buffers() if sines.dim() == 2]
+    return context if context and any(context <= size <= context + 2 for size in sizes) else None
 
 
 def looks_ahead(model: Any) -> bool | None:
-    """Whether later tokens change what a model says of earlier ones, as for masked words; None without logits."""
+    """Whether later tokens change a model's logits at earlier ones, as for masked words; None without logits."""
     import torch
 
     ids = torch.zeros(2, 4, dtype=torch.long, device=next(model.parameters()).device)

@@ -39,7 +39,7 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def folder_identity(folder: str | os.PathLike) -> str | None:
-    """Return a hash of a folder's files, which a copy of it shares; None if it is no folder (a hub name).
+    """Return a hash of a folder's files, which a copy of it shares; None if it is not a folder (a hub name).
 
     Of a large file the size and 64 pieces of a megabyte count.
     """
@@ -82,10 +82,10 @@ def _commit() -> str | None:
         return None
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        described = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return described.stdout.strip()
 
 
 @functools.cache

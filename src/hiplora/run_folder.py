@@ -55,13 +55,18 @@ class RunFolder:
         return value if isinstance(value, dict) else None
 
     def check(
-        self, asked: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False, inputs: Inputs | None = None
+        self,
+        requested: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        inputs: Inputs | None = None,
     ) -> None:
         """Check, without writing, that a run with these settings may work here.
 
         It may in a folder that is new or may be overwritten, and in its own: an unfinished run is carried on, a
         finished one is accepted with `resume`. A folder that is or holds one of the `inputs` is never overwritten.
-        Else ConfigError says what is there and the way out.
+        Else ConfigError says what the folder holds and the way out.
         """
         if not self.path.exists() and is_set_aside(self.place):
             with self._swapping():  # a process was killed before it had anything in place of the run that it replaces
@@ -74,7 +79,7 @@ class RunFolder:
             if not self.path.is_dir() or {p.name for p in self.path.iterdir() if p.suffix != ".part"} - {LOCK}:
                 check_output_dir(self.path)
             return
-        if changes := differences(stored, json.loads(json.dumps(asked))):
+        if changes := differences(stored, json.loads(json.dumps(requested))):
             state = "a finished" if self.complete else "an unfinished"
             raise ConfigError(
                 f"--out {self.path}: holds {state} run with other settings ({'; '.join(changes[:5])}); name another "
@@ -82,7 +87,7 @@ class RunFolder:
             )
 
     @contextlib.contextmanager
-    def claimed(self, asked: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[None]:
+    def claimed(self, requested: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[None]:
         """Hold the folder against other processes (or ConfigError); make it or empty it, and write the settings.
 
         A run that fails before anything is finished leaves no folder, or the one that it was to replace. That is kept
@@ -99,7 +104,7 @@ class RunFolder:
             self.place.mkdir(exist_ok=True)
             lock = locked(self.path / LOCK, self.path)
         try:
-            text = json.dumps(asked, indent=2) + "\n"
+            text = json.dumps(requested, indent=2) + "\n"
             if Path(self.settings).suffix == ".yaml":
                 text = yaml.safe_dump(json.loads(text), sort_keys=False, allow_unicode=True)
             write_atomic(self.path / self.settings, text)
@@ -111,15 +116,15 @@ class RunFolder:
                     sweep(self.place)
             raise
         finally:
-            lock.release()
             if self.complete:  # nobody will work here again
                 make_readable(self.path)
-                (self.path / LOCK).unlink(missing_ok=True)
                 sweep(self.place)
+                (self.path / LOCK).unlink(missing_ok=True)  # while it is held: the file of the next holder stays
+            lock.release()
 
     @property
     def place(self) -> Path:
-        """Where the folder really is: its path may be a link."""
+        """The folder itself: its path may be a link."""
         return self.path.resolve()
 
     @contextlib.contextmanager
@@ -136,17 +141,18 @@ class RunFolder:
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the stored result of a stage; do its work and store it if there is none, or it is damaged."""
         file = self.path / "stages" / f"{name}.json"
-        found = read_state(file)
-        return write_state(file, work()) if found is None else found
+        result = read_state(file)
+        return write_state(file, work()) if result is None else result
 
 
-def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(stored: Mapping[str, Any], requested: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Name what differs between two settings, as `train.lr: 0.001 there, 0.0002 here`."""
     changes = []
-    for key in dict.fromkeys([*stored, *asked]):
-        there, here = stored.get(key), asked.get(key)
-        if isinstance(there, Mapping) and isinstance(here, Mapping):
-            changes += differences(there, here, f"{prefix}{key}.")
-        elif there != here and (key in stored or here not in (None, False, 0, "none", {})):  # a field made since
-            changes.append(f"{prefix}{key}: {there} there, {here} here")
+    for key in dict.fromkeys([*stored, *requested]):
+        old, new = stored.get(key), requested.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changes += differences(old, new, f"{prefix}{key}.")
+        # A field that is younger than the stored run is no difference as long as it is off.
+        elif old != new and (key in stored or new not in (None, False, 0, "none", {})):
+            changes.append(f"{prefix}{key}: {old} there, {new} here")
     return changes

@@ -79,13 +79,13 @@ def within(record: Results, limit: float, base: float) -> Results | None:
     The drift of a point is that on its worst text. None if no point learns anything within the limit.
     """
     points = [*record["trained"], *record["scaled"]]
-    fit = [point for point in points if worst(point) <= limit and point["held_out_loss"] < base]
-    return min(fit, key=lambda point: point["held_out_loss"], default=None)
+    usable = [point for point in points if worst(point) <= limit and point["held_out_loss"] < base]
+    return min(usable, key=lambda point: point["held_out_loss"], default=None)
 
 
 def worst(point: Results) -> float:
     """Return the drift of a point on the text that it moved most, in nats a token."""
-    return float(max(found["kl"] for found in point["drift"].values()))
+    return float(max(drift["kl"] for drift in point["drift"].values()))
 
 
 def summary(results: Results) -> pd.DataFrame:
@@ -108,11 +108,13 @@ def _recipes(model: str, data: str | os.PathLike, settings: TuneSettings) -> dic
         raise ConfigError("--rates and --ranks: name at least one of each")
     if not 0 < settings.max_drift < math.inf:
         raise ConfigError(f"--max-drift is {settings.max_drift}; expected nats a token, above 0, for example 0.01")
-    shared, found = CompareSettings.__dataclass_fields__.keys() & TuneSettings.__dataclass_fields__.keys(), {}
+    fields = CompareSettings.__dataclass_fields__.keys() & TuneSettings.__dataclass_fields__.keys()
+    shared = {name: getattr(settings, name) for name in fields}
+    recipes = {}
     for rate, rank in itertools.product(settings.rates, settings.ranks):
-        one = CompareSettings(("hiplora",), lr=rate, rank=rank, **{name: getattr(settings, name) for name in shared})
-        found[f"lr{rate:g}-r{rank}"] = method_recipes(model, data, one)["hiplora"]
-    return found
+        compared = CompareSettings(("hiplora",), lr=rate, rank=rank, **shared)
+        recipes[f"lr{rate:g}-r{rank}"] = method_recipes(model, data, compared)["hiplora"]
+    return recipes
 
 
 def _written(recipe: TrainRecipe, point: Results, limit: float) -> str:
@@ -122,7 +124,9 @@ def _written(recipe: TrainRecipe, point: Results, limit: float) -> str:
     values["train"]["steps"] = steps = point.get("step", planned)
     if steps != planned:  # the warm-up is as many steps, whatever their share rounds to
         values["train"]["warmup_ratio"] = (recipe.train.warmup_steps(planned) - 0.5) / steps
-    told = f"# Held-out loss {point['held_out_loss']:.3f} at a drift of {worst(point):.2g}, of {limit:g} nats a token."
+    comment = (
+        f"# Held-out loss {point['held_out_loss']:.3f} at a drift of {worst(point):.2g}, of {limit:g} nats a token."
+    )
     if point.get("scale", 1.0) != 1.0:
-        told += f"\n# Then scaled down: hiplora export ADAPTER --scale {point['scale']:g} --to lora --out DIR"
-    return f"{told}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
+        comment += f"\n# Then scaled down: hiplora export ADAPTER --scale {point['scale']:g} --to lora --out DIR"
+    return f"{comment}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -167,6 +168,21 @@ def test_an_interrupted_comparison_goes_on_to_the_same_results(done, job, tmp_pa
     assert len(calls) == 4 + 1  # what was finished is not trained again
     for title, record in results["methods"].items():
         assert record | {"seconds": 0} == done[0]["methods"][title] | {"seconds": 0}
+
+
+def test_a_comparison_of_one_model_by_name_is_not_carried_on_with_another(job, tmp_path, monkeypatch):
+    model, data, settings = job
+    shutil.copytree(model, tmp_path / "other")
+    monkeypatch.setattr(module, "folder_identity", lambda model: None)  # as if both were names on the hub
+
+    def interrupted(*arguments):
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(module, "_train", interrupted)
+    with pytest.raises(RuntimeError, match="stopped"):
+        compare(model, data, tmp_path / "out", settings)
+    with pytest.raises(ConfigError, match=rf"other settings \(model: {model} there, .*other here\)"):
+        compare(str(tmp_path / "other"), data, tmp_path / "out", settings)
 
 
 def test_lora_on_experts_is_refused_before_anything_is_trained_and_what_fits_is_the_default(job, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from hiplora.evaluation.sandbox import require_permission
 from hiplora.files import write_atomic
 from hiplora.study.pico import PICO_DATA
 from hiplora.study.recipe import load_study
@@ -67,6 +68,17 @@ def test_a_report_replaces_a_report_and_no_other_folder_unasked(small, tmp_path,
     code, _, err = run(capsys, "study", "report", small, "--out", ".", "--data", "data", *options)
     assert (code, said in err) == (2, True), err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("options", [(), ("--allow-code-execution",)])
+def test_a_plan_may_measure_tasks_that_run_code_where_that_is_allowed(small, tmp_path, monkeypatch, capsys, options):
+    def measured(study):
+        require_permission(study.place.allow_code)
+        return {}
+
+    monkeypatch.setattr("hiplora.study.plan.measure", measured)
+    code, _, err = run(capsys, "study", "plan", small, "--out", tmp_path / "study", "--measure", *options)
+    assert (code, "pass --allow-code-execution" in err) == ((0, False) if options else (2, True)), err
 
 
 @pytest.mark.slow

@@ -71,10 +71,11 @@ def test_what_exists_is_replaced_only_if_that_is_said(out):
         check_output_dir(out / "old", overwrite=True)
 
 
-@pytest.mark.parametrize("precious", ["work", ".", "checkout", "home"])
+@pytest.mark.parametrize("precious", ["work", ".", "checkout", "home", "disk/home"])
 def test_overwriting_never_deletes_where_the_user_works_or_lives(tmp_path, monkeypatch, precious):
-    for folder in ("work/here", "checkout/.git", "home"):
+    for folder in ("work/here", "checkout/.git", "disk/home"):
         (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "home").symlink_to("disk/home")
     monkeypatch.chdir(tmp_path / "work" / "here")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     path = tmp_path / precious if precious != "." else "."
@@ -153,10 +154,38 @@ def test_what_another_output_with_a_longer_name_is_writing_is_left_alone(tmp_pat
     assert names(tmp_path / "model.v2") == ["mine"]
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_staged_folder_is_written_where_a_link_leads(tmp_path, exists):
+    (tmp_path / "link").symlink_to("real")
+    if exists:
+        (tmp_path / "real").mkdir()
+    with staged_dir(tmp_path / "link", overwrite=True) as aside:
+        (aside / "new").touch()
+    assert names(tmp_path / "real") == ["new"]
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_two_processes_do_not_write_one_folder(tmp_path):
     with staged_dir(tmp_path / "out"), pytest.raises(ConfigError, match="another process is working there"):
         staged_dir(tmp_path / "out").__enter__()
     assert names(tmp_path) == ["out"]
+
+
+def test_a_lock_file_is_removed_while_it_is_held_so_that_nobody_elses_is(tmp_path, monkeypatch):
+    release, present = files.FileLock.release, []
+
+    def watched(lock, *arguments, **options):
+        present.append(Path(lock.lock_file).exists())
+        release(lock, *arguments, **options)
+
+    monkeypatch.setattr(files.FileLock, "release", watched)
+    with staged_dir(tmp_path / "staged"):
+        pass
+    run = RunFolder(tmp_path / "run", "plan.json", "done.json")
+    with run.claimed({}):
+        (run.path / "done.json").touch()
+    assert present
+    assert not any(present)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder in which nothing can be made")

@@ -46,11 +46,11 @@ def command(
     config = HipLoraConfig(target_modules=modules, principal_rank=parse_rank(rank), basis_sides=sides)
     loaded, tokenizer = load(model, torch_dtype(machine_dtype()))  # as training loads it: other values, other factors
     if text is None:
-        given = {"tokens": tokens, "tokenizer": tokenizer}
+        source = {"tokens": tokens, "tokenizer": tokenizer}
     else:
-        given = {"rows": calibration_rows(tokenizer, text, tokens, loaded), "source": describe_source(text)}
-    found = calibrate(loaded.to(device), config, batch_size=batch_size, **given)
-    record = {"schema": 1, "kind": "calibration", "model": model, **found.as_dict(), "provenance": provenance()}
+        source = {"rows": calibration_rows(tokenizer, text, tokens, loaded), "source": describe_source(text)}
+    measured = calibrate(loaded.to(device), config, batch_size=batch_size, **source)
+    record = {"schema": 1, "kind": "calibration", "model": model, **measured.as_dict(), "provenance": provenance()}
     yield record
     df = pd.DataFrame(record["layers"]).rename(columns={"k": "protected", "effective_rank": "effective rank"})
     df["Modules"] = df["name"].str.rpartition(".")[2]
@@ -59,8 +59,8 @@ def command(
     columns = ["inputs", "effective rank", "protected", "% of the energy"]
     groups = df.groupby("Modules", sort=False)
     table = pd.concat([groups.size().rename("layers"), groups[columns].median().round().astype(int)], axis=1)
-    source = "text written by the model" if found.source == "self" else found.source
-    yield f"{model}: calibrated on {found.tokens:,} tokens, {source} (medians over layers)", table.reset_index()
-    yield f"{found.seconds:.1f} s; factors take {found.bytes / 1e6:.1f} MB"
+    origin = "text written by the model" if measured.source == "self" else measured.source
+    yield f"{model}: calibrated on {measured.tokens:,} tokens, {origin} (medians over layers)", table.reset_index()
+    yield f"{measured.seconds:.1f} s; factors take {measured.bytes / 1e6:.1f} MB"
     method = {"target_modules": modules, "basis_sides": sides, "calibration_text": text, "calibration_tokens": tokens}
     yield train_step(model, principal_rank=parse_rank(rank), **method)

@@ -71,71 +71,75 @@ def as_command(function: Callable[..., Any]) -> Callable[..., None]:
     A command that prints results yields them: first the record that `--json` prints, then what is shown without it:
     lines, and tables as (title, DataFrame) or (title, columns, rows).
     """
-    own, printing = inspect.signature(function).parameters, inspect.isgeneratorfunction(function)
-    groups = {name: one.default for name, one in own.items() if isinstance(one.default, Group)}
+    signature, prints = inspect.signature(function).parameters, inspect.isgeneratorfunction(function)
+    groups = {name: parameter.default for name, parameter in signature.items() if isinstance(parameter.default, Group)}
     parameters: list[inspect.Parameter] = []
-    for name, one in own.items():
-        parameters += groups[name].parameters.values() if name in groups else [one]
-    if printing:
+    for name, parameter in signature.items():
+        parameters += groups[name].parameters.values() if name in groups else [parameter]
+    if prints:
         option = Option(False, "--json", help="Print one JSON object instead of a table.")
         kind = inspect.Parameter.KEYWORD_ONLY
         parameters.append(inspect.Parameter("as_json", kind, default=option, annotation=bool))
 
     @functools.wraps(function)
-    def command(*, as_json: bool = False, **given: Any) -> None:
-        read = inputs(given)
+    def command(*, as_json: bool = False, **arguments: Any) -> None:
+        read = inputs(arguments)
         for name, group in groups.items():
-            given[name] = group.make(**{part: given.pop(part) for part in group.parameters})
+            arguments[name] = group.make(**{option: arguments.pop(option) for option in group.parameters})
         with sparing(read):
-            found = function(**given)
-            for place, part in enumerate(found if printing else ()):
-                if as_json and place == 0:
+            output = function(**arguments)
+            for index, part in enumerate(output if prints else ()):
+                if as_json and index == 0:
                     typer.echo(json.dumps(part, indent=2, default=str))
-                elif not as_json and place > 0:
+                elif not as_json and index > 0:
                     print_table(*part) if isinstance(part, tuple) else typer.echo(part)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
-def inputs(given: Mapping[str, Any]) -> dict[str, Path]:
-    """Return what a command was given to read, and what that names: an adapter's base model, the files of a YAML."""
-    found: dict[str, Path] = {}
-    for name in given.keys() & INPUTS:
-        for value in map(str, given[name] if isinstance(given[name], list) else [given[name]]):
-            path = next((place for place in _places(value) if name not in FILES or place.is_file()), None)
+def inputs(arguments: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the paths that a command reads, and those that these name: an adapter's base model, a YAML's files."""
+    read: dict[str, Path] = {}
+    for name in arguments.keys() & INPUTS:
+        for value in map(str, arguments[name] if isinstance(arguments[name], list) else [arguments[name]]):
+            path = next((path for path in _existing_paths(value) if name not in FILES or path.is_file()), None)
             if path is not None:
-                found[f"an input, {path}"] = path
+                read[f"an input, {path}"] = path
                 with contextlib.suppress(OSError, ValueError, RecursionError):  # a file that is broken
-                    found |= {f"what {path} names, {part}": part for part in _named_in(path)}
-    return found
+                    read |= {f"what {path} names, {named}": named for named in _paths_named_in(path)}
+    return read
 
 
-def _places(value: str) -> list[Path]:
+def _existing_paths(value: str) -> list[Path]:
     """Return the files and folders that a value of an option may mean: a known model's, its own, NAME=FOLDER's."""
     from hiplora.models import KNOWN, model_dir
 
-    places = [model_dir(value)] if value in KNOWN else [Path(value), Path(value.partition("=")[2] or value)]
+    paths = [model_dir(value)] if value in KNOWN else [Path(value), Path(value.partition("=")[2] or value)]
     with contextlib.suppress(OSError, ValueError):  # a text that no file can be named
-        return [place for place in places if place.name and place.exists()]
+        return [path for path in paths if path.name and path.exists()]
     return []
 
 
-def _named_in(path: Path) -> list[Path]:
+def _paths_named_in(path: Path) -> list[Path]:
     """Return the base model that an adapter folder names, or the files that a YAML file names."""
     config = path / "adapter_config.json"
     if config.is_file():
-        given = json.loads(config.read_text(encoding="utf-8"))
-        base = given.get("base_model_name_or_path") if isinstance(given, dict) else None
+        fields = json.loads(config.read_text(encoding="utf-8"))
+        base = fields.get("base_model_name_or_path") if isinstance(fields, dict) else None
         return [Path(base)] if isinstance(base, str) else []
-    left = [parse_yaml(path.read_text(encoding="utf-8"))] if path.suffix in (".yaml", ".yml") else []
+    pending = [parse_yaml(path.read_text(encoding="utf-8"))] if path.suffix in (".yaml", ".yml") else []
     texts: list[str] = []
-    while left:
-        value = left.pop()
-        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-        texts += [value] if isinstance(value, str) else []
-    return [file for text in texts for file in _places(os.path.join(path.parent, text)) if file.is_file()]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+        elif isinstance(value, str):
+            texts.append(value)
+    return [file for text in texts for file in _existing_paths(os.path.join(path.parent, text)) if file.is_file()]
 
 
 def tell(text: str) -> None:
@@ -147,8 +151,8 @@ def next_step(*words: Any, why: str = "") -> str:
     """Return the last line that a command prints: the command that does what comes next, to copy."""
     from hiplora.models import KNOWN, model_dir
 
-    known = {str(model_dir(name)): name for name in KNOWN}
-    return f"next: {shlex.join(known.get(str(word), str(word)) for word in words)}" + (f"   ({why})" if why else "")
+    names = {str(model_dir(name)): name for name in KNOWN}
+    return f"next: {shlex.join(names.get(str(word), str(word)) for word in words)}" + (f"   ({why})" if why else "")
 
 
 def try_step(out: Path, update: Any, dense: bool = False) -> str:
@@ -163,8 +167,8 @@ def try_step(out: Path, update: Any, dense: bool = False) -> str:
 
 def train_step(model: str, **method: Any) -> str:
     """Return `next_step` after a model was measured for training, with the settings that find the measurements."""
-    given = {key: json.dumps(value, ensure_ascii=False) for key, value in method.items() if value}
-    settings = [word for key, value in given.items() for word in ("--set", f"method.{key}={value}")]
+    fields = {key: json.dumps(value, ensure_ascii=False) for key, value in method.items() if value}
+    settings = [word for key, value in fields.items() for word in ("--set", f"method.{key}={value}")]
     return next_step("hiplora", "train", "--model", model, "--data", "rows.jsonl", *settings, "--out", "runs/first")
 
 
@@ -212,7 +216,7 @@ def names(text: str) -> list[str]:
 
 
 def numbers(option: str, text: str | None, kind: Callable[[str], Kind]) -> list[Kind]:
-    """Return the numbers, separated by commas, of an option; ConfigError if one is no number of the kind."""
+    """Return the numbers, separated by commas, of an option; ConfigError if one is not a number of the kind."""
     try:
         return [kind(part) for part in text.split(",")] if text else []
     except ValueError:
@@ -222,18 +226,18 @@ def numbers(option: str, text: str | None, kind: Callable[[str], Kind]) -> list[
         raise ConfigError(f"{option} {text}: expected {expected}") from None
 
 
-def targets(given: str | None) -> str | list[str] | None:
+def targets(text: str | None) -> str | list[str] | None:
     """Return modules as a list of names; anything else is for PEFT: a regular expression or "all-linear"."""
-    if given is None or given.lower() == "all-linear" or not re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", given):
-        return given
-    return names(given)
+    if text is None or text.lower() == "all-linear" or not re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", text):
+        return text
+    return names(text)
 
 
-def checked(kind: Callable[..., Kind], **given: Any) -> Kind:
+def checked(kind: Callable[..., Kind], **settings: Any) -> Kind:
     """Return settings that pydantic checks; ConfigError naming the option if one is wrong."""
     from pydantic import ValidationError
 
     try:
-        return kind(**given)
+        return kind(**settings)
     except ValidationError as error:
         raise ConfigError(f"--{first_problem(error)}") from None

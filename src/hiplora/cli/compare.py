@@ -48,11 +48,11 @@ def command(
         hiplora compare smollm2-135m my-data.jsonl --out runs/compare --steps 100
     """
     texts = {"prompts": prompts and str(prompts), "drift_text": drift_text and str(drift_text)}
-    given = locals() | texts | {"methods": None if methods is None else tuple(names(methods))}
+    options = locals() | texts | {"methods": None if methods is None else tuple(names(methods))}
     from hiplora.compare import CompareSettings, compare
     from hiplora.compare_report import details, headline, next_steps, summary
 
-    settings = CompareSettings(**{name: given[name] for name in CompareSettings.__dataclass_fields__})
+    settings = CompareSettings(**{name: options[name] for name in CompareSettings.__dataclass_fields__})
     with told_to_repeat(out):
         results = compare(model, data, out, settings, overwrite=overwrite, tell=tell)
     yield results

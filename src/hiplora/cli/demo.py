@@ -27,11 +27,11 @@ def command(
 
     from hiplora.demo import demo, headline, summary
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     with told_to_repeat(out):
         results = demo(out, overwrite=overwrite, tell=tell)
     yield results
     yield "Two skills, added into one model", summary(results)
     yield headline(results)
-    yield f"\nDone in {time.perf_counter() - began:.0f} s. Report: {out / 'report.html'}"
+    yield f"\nDone in {time.perf_counter() - start:.0f} s. Report: {out / 'report.html'}"
     yield "Your own data: hiplora compare smollm2-135m rows.jsonl --out runs/compare"

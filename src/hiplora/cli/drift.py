@@ -30,19 +30,22 @@ def command(
     named, texts = name_adapters(adapter), drift_texts(text)
     network, tokenizer = load_model(model, device)
     reference = BaseReference.build(network, tokenizer, texts, max_tokens=tokens)
-    found = {}
+    drifts = {}
     for name, folder in named.items():
         with mounted(network, folder) as adapted:
-            found[name] = measure_drift(adapted, reference)
-    drift = {name: {of: one.as_dict() for of, one in parts.items()} for name, parts in found.items()}
-    yield {"schema": 1, "kind": "drift", "model": model, "text": text_source(text), "drift": drift}
+            drifts[name] = measure_drift(adapted, reference)
+    record = {name: {title: drift.as_dict() for title, drift in by_text.items()} for name, by_text in drifts.items()}
+    yield {"schema": 1, "kind": "drift", "model": model, "text": text_source(text), "drift": record}
     rows = [
-        (name, of, f"{one.kl:.2g}", f"{one.greedy_changed:.1%}", f"{one.perplexity_ratio - 1:+.2%}", f"{one.tokens:,}")
-        for name, parts in found.items()
-        for of, one in parts.items()
+        (
+            *(name, title, f"{drift.kl:.2g}", f"{drift.greedy_changed:.1%}"),
+            *(f"{drift.perplexity_ratio - 1:+.2%}", f"{drift.tokens:,}"),
+        )
+        for name, by_text in drifts.items()
+        for title, drift in by_text.items()
     ]
     columns = ("adapter", "text", "KL, nats per token", "greedy tokens changed", "perplexity", "tokens")
     yield f"Drift from {model}", columns, rows
-    furthest = max(found, key=lambda name: max(one.kl for one in found[name].values()))
+    furthest = max(drifts, key=lambda name: max(drift.kl for drift in drifts[name].values()))
     yield next_step("hiplora", "generate", model, "--adapter", named[furthest], "--prompt", "…", why="see it")
     yield next_step("hiplora", "protect", named[furthest], "--out", "DIR", why="lower it")

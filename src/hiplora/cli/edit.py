@@ -44,13 +44,13 @@ def job(
     device: str = DEVICE,
 ) -> Any:
     """What to edit and how."""
-    given: dict[str, Any] = locals() | {"method_settings": {}}
+    options: dict[str, Any] = locals() | {"method_settings": {}}
     from hiplora.editing.job import EditJob
     from hiplora.training.reading import put_over
 
     for text in method_settings:
-        put_over(given["method_settings"], text, "r=8")
-    return checked(EditJob, **given)
+        put_over(options["method_settings"], text, "r=8")
+    return checked(EditJob, **options)
 
 
 def command(job: Any = Group(job), out: Path = OUT, overwrite: bool = OVERWRITE) -> Shown:

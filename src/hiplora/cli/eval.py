@@ -32,10 +32,10 @@ def eval_settings(
     device: str = DEVICE,
 ) -> Any:
     """What models are scored on, and how."""
-    given = dict(locals())
+    options = dict(locals())
     from hiplora.evaluation.evaluate import EvalSettings
 
-    return EvalSettings(**given)
+    return EvalSettings(**options)
 
 
 def command(
@@ -70,11 +70,13 @@ def command(
         for form, metric in described["metrics"].items():
             if form in results["runs"][base][task]:
                 scores = {name: run[task][form] for name, run in results["runs"].items()}
-                apart = {row["of"]: row for row in results["differences"][task][form] if row["against"] == base}
+                differences = {row["of"]: row for row in results["differences"][task][form] if row["against"] == base}
                 row = [f"{described['title']}: {metric}", _cell(scores[base])]
                 for name in others:
-                    lost += [name] * (apart[name]["verdict"] == "lost")
-                    row += [f"{scores[name]['estimate']:.1f}", _cell(apart[name], "+"), apart[name]["verdict"]]
+                    difference = differences[name]
+                    if difference["verdict"] == "lost":
+                        lost.append(name)
+                    row += [f"{scores[name]['estimate']:.1f}", _cell(difference, "+"), difference["verdict"]]
                 rows.append(row)
     items = [len(described["items"]) for described in results["tasks"].values()]
     span = " to ".join(map(str, sorted({min(items), max(items)})))
@@ -92,5 +94,5 @@ def command(
         yield next_step("hiplora", "generate", model, "--adapter", folder, "--prompt", "…", why="see its answers")
 
 
-def _cell(found: dict[str, Any], sign: str = "") -> str:
-    return f"{found['estimate']:{sign}.1f} ({found['low']:{sign}.1f} to {found['high']:{sign}.1f})"
+def _cell(value: dict[str, Any], sign: str = "") -> str:
+    return f"{value['estimate']:{sign}.1f} ({value['low']:{sign}.1f} to {value['high']:{sign}.1f})"

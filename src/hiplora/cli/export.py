@@ -47,14 +47,14 @@ def command(
         raise ConfigError("--pad-rank, --prefix: only with --to lora; leave them out or export to lora")
     update = open_update(adapter, out, overwrite, base=base)
     scale, search = choose_scale(update, **scaling, device=device)
-    how: dict[str, Any] = {"scale": scale, "overwrite": overwrite, "check_logits": logits}
-    how["details"] = {"scale": scale, "scale_search": search}
+    options: dict[str, Any] = {"scale": scale, "overwrite": overwrite, "check_logits": logits}
+    options["details"] = {"scale": scale, "scale_search": search}
     findings: list[tuple[str, str, str]] = []
     if to == "dense":
-        record = save_dense(update, out, dtype=dtype, **how)
+        record = save_dense(update, out, dtype=dtype, **options)
     else:
-        how |= {"pad_rank": pad_rank, "prefix": prefix, "device": device}
-        record = save_as_lora(update, out, dtype=dtype or "float32", **how)
+        options |= {"pad_rank": pad_rank, "prefix": prefix, "device": device}
+        record = save_as_lora(update, out, dtype=dtype or "float32", **options)
         findings = server_findings(update.renamed(prefix) if prefix else update, pad_rank)
     if push is not None:
         push_to_hub(out, push)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import typer
 from typer import Option
@@ -33,13 +34,13 @@ def command(
 
     named = name_adapters(adapter)
     network, tokenizer = load_model(model, device)
-    asked = prompt if raw else [chat_prompt(tokenizer, [{"role": "user", "content": one}]) for one in prompt]
-    answers = list(zip(prompt, side_by_side(network, tokenizer, named, asked, tokens), strict=True))
-    prompts = [{"prompt": one, "answers": row} for one, row in answers]
-    yield {"schema": 1, "kind": "answers", "model": model, "prompts": prompts}
-    for one, row in answers:
-        yield typer.style(f"\n{one}", bold=True)
-        yield from _compared(row)
+    texts = prompt if raw else [chat_prompt(tokenizer, [{"role": "user", "content": text}]) for text in prompt]
+    answers = side_by_side(network, tokenizer, named, texts, tokens)
+    rows: list[dict[str, Any]] = [{"prompt": text, "answers": row} for text, row in zip(prompt, answers, strict=True)]
+    yield {"schema": 1, "kind": "answers", "model": model, "prompts": rows}
+    for row in rows:
+        yield typer.style(f"\n{row['prompt']}", bold=True)
+        yield from _compared(row["answers"])
     folders = [part for folder in named.values() for part in ("--adapter", folder)]
     yield ""
     if folders:
@@ -62,13 +63,13 @@ def chat(model: str = MODEL, adapter: list[str] = ADAPTERS, tokens: int = TOKENS
 
     named = name_adapters(adapter)
     network, tokenizer = load_model(model, device)
-    said: dict[str, list[dict[str, str]]] = {name: [] for name in (BASE, *named)}
+    conversations: dict[str, list[dict[str, str]]] = {name: [] for name in (BASE, *named)}
     while words := _line():
-        for turns in said.values():
+        for turns in conversations.values():
             turns.append({"role": "user", "content": words})
-        prompts = {name: [chat_prompt(tokenizer, turns)] for name, turns in said.items()}
+        prompts = {name: [chat_prompt(tokenizer, turns)] for name, turns in conversations.items()}
         (answers,) = side_by_side(network, tokenizer, named, prompts, tokens)
-        for name, turns in said.items():
+        for name, turns in conversations.items():
             turns.append({"role": "assistant", "content": answers[name]})
         for line in _compared(answers):
             typer.echo(line)

@@ -46,8 +46,8 @@ def command(
     *rows, total = _rows(record)
     if len(rows) > MOST_ROWS:
         title += f"; the {MOST_ROWS} largest updates of {len(rows)} (all: --json, --html)"
-        largest = sorted(range(len(rows)), key=lambda at: -record["modules"][at]["norm"])[:MOST_ROWS]
-        rows = [rows[at] for at in sorted(largest)]
+        largest = sorted(range(len(rows)), key=lambda index: -record["modules"][index]["norm"])[:MOST_ROWS]
+        rows = [rows[index] for index in sorted(largest)]
     yield title, COLUMNS, [*rows, total]
     yield record["verdict"]
     if html is not None:

@@ -40,8 +40,8 @@ COMMANDS = {
     "calibrate": "Measure a model's layers ahead of training.",
     "factorize": "Factor a model's weights ahead of training.",
 }
-# What safetensors and torch say, in errors of types of their own, of a disk that is full.
-_UNWRITTEN = ("Error while serializing: I/O error", "PytorchStreamWriter failed", "unexpected pos")
+# What safetensors and torch report of a full disk, in errors of their own types.
+_DISK_FULL = ("Error while serializing: I/O error", "PytorchStreamWriter failed", "unexpected pos")
 _HOMES = {"chat": "generate", "init": "train"}  # commands that are in another's module, under their own names
 
 # Without rich's markup the help page takes a third of the time.
@@ -81,39 +81,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     A failure is one line on standard error; `--debug` (or HIPLORA_DEBUG=1) adds its traceback.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     # Ended in order, so that nothing half-written stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for stream in (sys.stdin, sys.stdout):  # a terminal or file of Latin-1, or of Windows, lacks σ and …
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    debug = "--debug" in given or os.environ.get("HIPLORA_DEBUG", "0") not in ("", "0")
-    with_place = warnings.formatwarning
+    debug = "--debug" in words or os.environ.get("HIPLORA_DEBUG", "0") not in ("", "0")
+    formatwarning = warnings.formatwarning
     with warnings.catch_warnings():
         if not debug:
             warnings.simplefilter("ignore", FutureWarning)  # the libraries' notes to each other
             warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # type: ignore[assignment]
         try:
-            app(args=[argument for argument in given if argument != "--debug"])
+            app(args=[word for word in words if word != "--debug"])
         except Exception as error:  # the last net: no user sees a traceback unasked
             if debug:
                 traceback.print_exc()
             typer.echo(f"error: {_explained(error)}", err=True)
             raise SystemExit(getattr(error, "exit_code", 1)) from None
         finally:
-            warnings.formatwarning = with_place
+            warnings.formatwarning = formatwarning
 
 
 def _explained(error: Exception) -> str:
-    """Return what is said of a failure; one that nobody foresaw is called a bug."""
+    """Return the message of a failure; an unexpected one is called a bug."""
     if isinstance(error, ModuleNotFoundError) and not (error.name or "hiplora").startswith("hiplora"):
         return str(missing(str(error.name)))
     if isinstance(error, (HipLoraError, OSError)):  # OSError: a full disk, an unwritable folder
         return str(error) or type(error).__name__
     if isinstance(error, IndexError) and "index out of range in self" in str(error):
-        what = "the model has no embedding for some token or position of a text"
-        return f"{what}; use the tokenizer that belongs to it, and shorter texts"
-    if any(said in str(error) for said in _UNWRITTEN):
+        return (
+            "the model has no embedding for some token or position of a text; use the tokenizer that belongs to it, "
+            "and shorter texts"
+        )
+    if any(part in str(error) for part in _DISK_FULL):
         return f"cannot write a file of tensors ({first_line(error)}); free some space, or write to another folder"
     return (
         f"unexpected {type(error).__name__} ({first_line(error)}); this is a bug in hiplora: repeat the command with "

@@ -103,18 +103,18 @@ def command(
     if push is not None:
         push_to_hub(out, push)
     yield record | {"conflicts": report}
-    yield from _told(record, report)
+    yield from _shown(record, report)
     if drift and not record["drift"]:
         yield f"The drift was not measured: {drift_problem(update, device)}"
     yield try_step(out, update, form == "dense")
 
 
-def _told(record: dict[str, Any], report: dict[str, Any]) -> Shown:
-    """Yield what a person is told of a merge."""
+def _shown(record: dict[str, Any], report: dict[str, Any]) -> Shown:
+    """Yield the tables and the verdict of a merge."""
     from hiplora.merge_check import conflict_table
 
     if cut := record.get("truncation"):
-        rows = [(one["module"], f"{one['relative_error']:.1%}") for one in cut["modules"][:10]]
+        rows = [(module["module"], f"{module['relative_error']:.1%}") for module in cut["modules"][:10]]
         yield (
             f"Cut down to rank {cut['rank']} (the ten modules that lost most)",
             ("Module", "Lost of ‖ΔW‖"),
@@ -131,16 +131,16 @@ def _named(folders: list[Path], updates: list[Any]) -> dict[str, Any]:
     """Return each update by its folder's own name, or by its whole path where names repeat."""
     names = [folder.resolve().name for folder in folders]
     if len({*names}) < len(names):
-        names = [f"{folder} ({place})" for place, folder in enumerate(folders, 1)]
+        names = [f"{folder} ({number})" for number, folder in enumerate(folders, 1)]
     return dict(zip(names, updates, strict=True))
 
 
-def rule_options(given: list[str]) -> dict[str, Any]:
-    """Read options `name=value`, the value as YAML or `none`; ConfigError if one is not so."""
+def rule_options(texts: list[str]) -> dict[str, Any]:
+    """Read options `name=value`, the value as YAML or `none`; ConfigError if one is not of this form."""
     from hiplora.training.reading import put_over
 
     options: dict[str, Any] = {}
-    for text in given:
+    for text in texts:
         put_over(options, text, "density=0.2")
     return {name: None if value == "none" else value for name, value in options.items()}
 

@@ -43,16 +43,16 @@ def command(
     """
     from hiplora.merge_check import MergeSettings, merge_check, verdict_notes, verdict_tables
 
-    shares, chosen = numbers("--weights", weights, float) or None, tuple(numbers("--sizes", sizes, int))
-    how = MergeSettings(tuple(method), shares, rule_options(set), rank, base, chosen)
-    record = merge_check(adapters, settings, how, out, overwrite=overwrite)
+    weight_list, size_list = numbers("--weights", weights, float) or None, tuple(numbers("--sizes", sizes, int))
+    merging = MergeSettings(tuple(method), weight_list, rule_options(set), rank, base, size_list)
+    record = merge_check(adapters, settings, merging, out, overwrite=overwrite)
     yield record
     yield from verdict_tables(record).items()
     yield from verdict_notes(record)
     yield f"\nWritten: {out}"
-    given = {"--weights": weights, "--rank": rank, "--base": base}
-    options = [word for key, value in given.items() if value is not None for word in (key, value)]
-    own = find_rule(method[0]).defaults
-    options += [word for one in set if one.partition("=")[0].strip() in own for word in ("--set", one)]
+    merge_options = {"--weights": weights, "--rank": rank, "--base": base}
+    options = [word for key, value in merge_options.items() if value is not None for word in (key, value)]
+    defaults = find_rule(method[0]).defaults
+    options += [word for text in set if text.partition("=")[0].strip() in defaults for word in ("--set", text)]
     merged = f"{out}-merged"
     yield next_step("hiplora", "merge", *record["adapters"].values(), "--method", method[0], *options, "--out", merged)

@@ -49,10 +49,10 @@ def probe_settings(
     device: str = DEVICE,
 ) -> Any:
     """What is probed, and how."""
-    given = locals() | {"modules": targets(modules), "layers": parse_layers(layers), "kinds": tuple(names(kinds))}
+    options = locals() | {"modules": targets(modules), "layers": parse_layers(layers), "kinds": tuple(names(kinds))}
     from hiplora.probing.run import ProbeSettings
 
-    return checked(ProbeSettings, **given | {"text": text and str(text)})
+    return checked(ProbeSettings, **options | {"text": text and str(text)})
 
 
 def command(settings: Any = Group(probe_settings), out: Path = OUT, overwrite: bool = OVERWRITE) -> Shown:
@@ -74,7 +74,7 @@ def command(settings: Any = Group(probe_settings), out: Path = OUT, overwrite: b
         record = run_probe(settings, out, overwrite=overwrite)
     yield {"out": str(out), **{key: value for key, value in record.items() if key != "records"}}
     for metric, title in METRICS.items():
-        table = correlation_table([one for one in record["correlations"] if one["type"] == "all"], metric)
+        table = correlation_table([row for row in record["correlations"] if row["type"] == "all"], metric)
         yield f"{title} (nats per token) against σ, {len(record['modules'])} modules", table
     yield record["verdict"]
     yield f"Written to {out}: probe.json, report.html (each type of module by itself)"
@@ -82,18 +82,18 @@ def command(settings: Any = Group(probe_settings), out: Path = OUT, overwrite: b
     yield next_step("hiplora", measure, settings.model, why="what training will protect")
 
 
-def parse_layers(given: str | None) -> tuple[int, ...] | None:
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
     """Turn `0,4-7` into numbers; `all` is (), which stands for every layer."""
-    if given is None or given.lower() == "all":
-        return None if given is None else ()
-    found: set[int] = set()
-    for part in given.split(","):
+    if text is None or text.lower() == "all":
+        return None if text is None else ()
+    layers: set[int] = set()
+    for part in text.split(","):
         first, _, last = part.strip().partition("-")
         try:
             span = range(int(first), int(last or first) + 1)
         except ValueError:
-            raise ConfigError(f"--layers {given}: expected numbers and spans, as 0,4-7, or all") from None
+            raise ConfigError(f"--layers {text}: expected numbers and spans, as 0,4-7, or all") from None
         if not span:
-            raise ConfigError(f"--layers {given}: {part.strip()} goes backwards; expected as 4-7")
-        found.update(span)
-    return tuple(sorted(found))
+            raise ConfigError(f"--layers {text}: {part.strip()} goes backwards; expected as 4-7")
+        layers.update(span)
+    return tuple(sorted(layers))

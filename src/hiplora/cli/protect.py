@@ -57,18 +57,18 @@ def command(
 
         hiplora protect runs/medicine --out runs/medicine-protected --data medicine.jsonl
     """
-    given = dict(locals())
+    options = dict(locals())
     from hiplora.protect import protect_adapter
     from hiplora.spectral import parse_rank
 
-    given |= given.pop("scaling") | {"principal_rank": parse_rank(principal_rank)}
-    record = protect_adapter(given.pop("adapter"), given.pop("out"), **given)
+    options |= options.pop("scaling") | {"principal_rank": parse_rank(principal_rank)}
+    record = protect_adapter(options.pop("adapter"), options.pop("out"), **options)
     yield record
     calibration, loss, drift = record["calibration"], record["loss"], record["drift"]
     source = "text sampled from the model" if calibration["source"] == "self" else calibration["source"]
     rows: list[tuple[str, ...]] = [("‖ΔW‖² of the update", "", "100 %", f"{record['norm_share']:.1%}")]
-    for name, found in drift["before"].items():
-        rows.append((f"drift on {name} (KL, nats)", "0", f"{found['kl']:.3g}", f"{drift['after'][name]['kl']:.3g}"))
+    for name, before in drift["before"].items():
+        rows.append((f"drift on {name} (KL, nats)", "0", f"{before['kl']:.3g}", f"{drift['after'][name]['kl']:.3g}"))
     if loss:
         cells = [f"{loss[state]:.4f}" for state in ("base", "before", "after")]
         rows.append((f"loss on {loss['file']} ({loss['rows']} rows)", *cells))

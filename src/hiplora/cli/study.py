@@ -1,5 +1,6 @@
 """`hiplora study`: plan, run, watch and report a whole study."""
 
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ DATA_HELP = (
     "Folder with the study's files, default $HIPLORA_DATA. Missing files come from the hub where the recipe names a "
     "data set."
 )
+ALLOW_CODE = Option(False, "--allow-code-execution", help="Run code that the model writes, in a sandbox.")
 REUSE = Option([], help="Records of the same study from elsewhere (records.jsonl.gz); repeatable.")
 
 
@@ -37,7 +39,7 @@ def study(
 
     loaded = load_study(recipe, changes)
     folder = out or Path("studies") / loaded.study
-    return lambda **allowed: open_study(loaded, folder, data, **allowed)
+    return functools.partial(open_study, loaded, folder, data)
 
 
 STUDY = Group(study)
@@ -50,6 +52,7 @@ def plan(
     measure: bool = Option(
         False, "--measure", help="Time one training step and one evaluation batch on this machine."
     ),
+    allow_code: bool = ALLOW_CODE,
 ) -> Shown:
     """Show a study's jobs by kind, and the time and memory that those left will take.
 
@@ -61,7 +64,7 @@ def plan(
     """
     from hiplora.study import plan as planning
 
-    opened = study()
+    opened = study(allow_code=allow_code)
     planning.check_tasks(opened)
     yield from _shown(planning.status(opened, planning.measure(opened) if measure else None))
 
@@ -75,7 +78,7 @@ def run(
     address: str | None = Option(None, help="A running Ray cluster; by default one is started here."),
     gpus_per_job: float = Option(0.0, min=0, help="GPUs that each job asks Ray for."),
     reuse: list[Path] = REUSE,
-    allow_code: bool = Option(False, "--allow-code-execution", help="Run code that the model writes, in a sandbox."),
+    allow_code: bool = ALLOW_CODE,
     verbose: bool = Option(False, "--verbose", help="Print a line to standard error for every job."),
 ) -> Shown:
     """Run all jobs of a study that are not done. Interrupt it at any time; the same command continues.
@@ -92,14 +95,14 @@ def run(
     from hiplora.study.plan import check, status
 
     if executor == "local" and (address is not None or gpus_per_job):
-        given = "--address" if address is not None else "--gpus-per-job"
-        raise ConfigError(f"{given}: is for a Ray cluster; add --executor ray, or remove it")
+        option = "--address" if address is not None else "--gpus-per-job"
+        raise ConfigError(f"{option}: is for a Ray cluster; add --executor ray, or remove it")
     opened = study(allow_code=allow_code)
     check(opened)
     taken = sum(map(opened.store.take, reuse))
     total = len(opened.store.unfinished(opened.graph))
     with tqdm(total=total, unit="job", file=sys.stderr, disable=None, leave=False) as bar:
-        done = itertools.count(1)
+        ended = itertools.count(1)
 
         def on_event(event: str, job: Any) -> None:
             bar.set_postfix_str(job.name[:60])
@@ -107,13 +110,13 @@ def run(
                 return
             bar.update()
             if verbose:
-                tqdm.write(f"{next(done)}/{total}  {'FAILED ' * (event == 'failed')}{job.name}", file=sys.stderr)
+                tqdm.write(f"{next(ended)}/{total}  {'FAILED ' * (event == 'failed')}{job.name}", file=sys.stderr)
 
         failed = run_graph(opened.graph, opened.place, workers, executor, address, gpus_per_job, on_event)
-    found = {**status(opened), "taken": taken}
-    _tell_failures(found)
-    yield {"schema": 1, "kind": "study", **found}
-    yield f"{found['jobs'] - found['left']:,} of {found['jobs']:,} jobs are done: {opened.store.path}"
+    state = {**status(opened), "taken": taken}
+    _tell_failures(state)
+    yield {"schema": 1, "kind": "study", **state}
+    yield f"{state['jobs'] - state['left']:,} of {state['jobs']:,} jobs are done: {opened.store.path}"
     if failed:
         raise SystemExit(1)
 
@@ -151,36 +154,36 @@ def report(
     opened = study()
     for path in reuse:
         opened.store.take(path)
-    where = to or opened.store.path / "report"
-    found = write(opened, where, overwrite or (to is None and (where / "records.jsonl.gz").is_file()))
-    yield {"schema": 1, "kind": "study-report", **found}
-    yield from (f"{name}: waits for {missing:,} jobs" for name, missing in found["sections"].items() if missing)
-    yield f"{found['measurements']:,} measurements: {found['page']}"
+    folder = to or opened.store.path / "report"
+    record = write(opened, folder, overwrite or (to is None and (folder / "records.jsonl.gz").is_file()))
+    yield {"schema": 1, "kind": "study-report", **record}
+    yield from (f"{name}: waits for {missing:,} jobs" for name, missing in record["sections"].items() if missing)
+    yield f"{record['measurements']:,} measurements: {record['page']}"
 
 
-def _shown(found: dict[str, Any]) -> Shown:
+def _shown(state: dict[str, Any]) -> Shown:
     """Show how far a study is."""
     from hiplora.training.sequences import duration
 
-    yield {"schema": 1, "kind": "study", **found}
-    every = {"jobs": found["jobs"], "left": found["left"], "seconds": found["seconds_left"]}
+    yield {"schema": 1, "kind": "study", **state}
+    every = {"jobs": state["jobs"], "left": state["left"], "seconds": state["seconds_left"]}
     rows = [
         (kind, n["jobs"], n["jobs"] - n["left"], n["left"], "?" if n["seconds"] is None else duration(n["seconds"]))
-        for kind, n in {**found["kinds"], "all": every}.items()
+        for kind, n in {**state["kinds"], "all": every}.items()
     ]
-    yield f"{found['study']}: jobs", ("Kind", "jobs", "done", "left", "time of one worker"), rows
-    if found["left"] and found["without_estimate"]:
-        yield f"no estimate yet, and left out of the sum: {', '.join(found['without_estimate'])}"
-    if found["peak_memory_bytes"] is not None:
-        yield f"peak memory of a training: {found['peak_memory_bytes'] / 2**30:.1f} GiB"
-    if found["missing_files"]:
-        yield f"missing from the data folder: {', '.join(found['missing_files'])}"
-    yield from (f"running: {name}" for name in found["at_work"])
-    _tell_failures(found)
+    yield f"{state['study']}: jobs", ("Kind", "jobs", "done", "left", "time of one worker"), rows
+    if state["left"] and state["without_estimate"]:
+        yield f"no estimate yet, and left out of the sum: {', '.join(state['without_estimate'])}"
+    if state["peak_memory_bytes"] is not None:
+        yield f"peak memory of a training: {state['peak_memory_bytes'] / 2**30:.1f} GiB"
+    if state["missing_files"]:
+        yield f"missing from the data folder: {', '.join(state['missing_files'])}"
+    yield from (f"running: {name}" for name in state["at_work"])
+    _tell_failures(state)
 
 
-def _tell_failures(found: dict[str, Any]) -> None:
-    for name, error in found["failed"].items():
+def _tell_failures(state: dict[str, Any]) -> None:
+    for name, error in state["failed"].items():
         tell(f"failed: {name}: {error}")
-    for reason in found["diverged"].values():
+    for reason in state["diverged"].values():
         tell(f"diverged: {reason}")

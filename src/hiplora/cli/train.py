@@ -48,18 +48,18 @@ def command(
     from hiplora.training.result import result_rows
     from hiplora.training.sequences import preview as previewed
 
-    given = {"model": model, "data": data, "method": method, "train.lr": lr, "train.epochs": epochs}
-    words = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    options = {"model": model, "data": data, "method": method, "train.lr": lr, "train.epochs": epochs}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     if epochs is not None:
-        words.append("train.steps=")
+        overrides.append("train.steps=")
     if recipe is None and (model is None or data is None):
         raise ConfigError("name a recipe, or give --model and --data; `hiplora init` writes a recipe")
-    loaded = load_recipe(recipe, [*words, *set])
+    loaded = load_recipe(recipe, [*overrides, *set])
     if preview or dry_run:
         yield from previewed(loaded, preview or 1)
         return
-    where = out or loaded.out
-    if where is None:
+    folder = out or loaded.out
+    if folder is None:
         raise ConfigError("no output folder: pass --out DIR, or write `out:` into the recipe")
     if resume and overwrite:
         raise ConfigError("--resume carries a run on, --overwrite starts it anew; pass one of them")
@@ -67,8 +67,8 @@ def command(
     log.setLevel(logging.INFO)
     log.addHandler(to_stderr)
     try:
-        with told_to_repeat(where):
-            result = train(loaded, where, resume=resume, overwrite=overwrite)
+        with told_to_repeat(folder):
+            result = train(loaded, folder, resume=resume, overwrite=overwrite)
     finally:
         log.removeHandler(to_stderr)
     if int(os.environ.get("RANK", "0")) > 0:
@@ -76,11 +76,11 @@ def command(
     yield {"schema": 1, "kind": "training", "out": str(result.adapter), **result.summary()}
     yield f"{loaded.method.title} adapter in {result.adapter}", ["", "value"], result_rows(result)
     if not loaded.method.kind:
-        lora = ("--to", "lora", "--out", f"{where}-lora")
-        yield next_step("hiplora", "export", where, *lora, why="a plain LoRA, which loads without hiplora")
-    asked = [] if result.data["encoding"].get("conversations") else ["--raw"]  # as it was trained
-    adapter = ("--adapter", where, "--prompt", "TEXT", *asked)
-    yield next_step("hiplora", "generate", loaded.model, *adapter, why="beside the base model's answer")
+        lora = ("--to", "lora", "--out", f"{folder}-lora")
+        yield next_step("hiplora", "export", folder, *lora, why="a plain LoRA, which loads without hiplora")
+    raw = [] if result.data["encoding"].get("conversations") else ["--raw"]  # as it was trained
+    prompt = ("--adapter", folder, "--prompt", "TEXT", *raw)
+    yield next_step("hiplora", "generate", loaded.model, *prompt, why="beside the base model's answer")
 
 
 def init(
@@ -99,8 +99,8 @@ def init(
     from hiplora.training.reading import commented
 
     def from_its_folder(name: str) -> str:
-        near = Path(name).exists() and not Path(name).is_absolute()
-        return os.path.relpath(name, out.parent) if near else name
+        is_relative_path = Path(name).exists() and not Path(name).is_absolute()
+        return os.path.relpath(name, out.parent) if is_relative_path else name
 
     write_atomic(check_output_file(out, overwrite), commented(from_its_folder(model), from_its_folder(data)))
     typer.echo(next_step("hiplora", "train", out, "--dry-run", why="shows what is learned; then with --out DIR"))

@@ -37,10 +37,10 @@ def command(
         hiplora tune my-data.jsonl --model smollm2-135m --max-drift 0.01 --out runs/tune
     """
     lists = {"rates": tuple(numbers("--rates", rates, float)), "ranks": tuple(numbers("--ranks", ranks, int))}
-    given = locals() | {"drift_text": drift_text and str(drift_text), **lists}
+    options = locals() | {"drift_text": drift_text and str(drift_text), **lists}
     from hiplora.tune import TuneSettings, summary, tune
 
-    settings = TuneSettings(**{name: given[name] for name in TuneSettings.__dataclass_fields__})
+    settings = TuneSettings(**{name: options[name] for name in TuneSettings.__dataclass_fields__})
     with told_to_repeat(out):
         results = tune(model, data, out, settings, overwrite=overwrite, tell=tell)
     yield results

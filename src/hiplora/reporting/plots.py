@@ -7,7 +7,7 @@ import functools
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from hiplora.files import write_atomic
 
 STYLE = Path(__file__).with_name("hiplora.mplstyle")
-# Methods that most figures show keep one look; the others take what is left, in the order of the rows.
+# Methods that most figures show keep one look; the others take the remaining ones, in the order of the rows.
 _LOOKS = {
     "HiP-LoRA": ("#0b63a5", "o"),
     "HiP-LoRA (paper)": ("#2f8fc9", "P"),
@@ -36,6 +36,7 @@ _LOOKS = {
 _COLORS = "#a8478a #6250a8 #5f6b32 #b3354a #3f7f86 #7a5a48 #1f1f1f #c98a00 #8a8f00 #e0708f #57a05a #9b8bd6"
 _OTHERS = tuple(zip(_COLORS.split(), "DX*<>hpHd812", strict=True))
 
+Look = dict[str, Any]  # colour and marker, as matplotlib takes them
 styled = functools.partial(matplotlib.style.context, STYLE)  # draws in the project's style inside the block
 
 
@@ -52,9 +53,9 @@ def save_figure(figure: Figure, stem: str | os.PathLike) -> Path:
     return write_atomic(f"{stem}.svg", svg(figure))
 
 
-def look(name: str, place: int = 0) -> dict[str, Any]:
-    """Return colour and marker of a method by its display name; `place` chooses among those of unknown names."""
-    color, marker = _LOOKS.get(name, _OTHERS[place % len(_OTHERS)])
+def look(name: str, number: int = 0) -> Look:
+    """Return colour and marker of a method by its display name; `number` chooses among those of unknown names."""
+    color, marker = _LOOKS.get(name, _OTHERS[number % len(_OTHERS)])
     return {"color": color, "marker": marker}
 
 
@@ -89,25 +90,33 @@ def lines(
     x_high: str | None = None,
     label: str | None = None,
     markers: bool = True,
+    looks: Mapping[str, Look] | None = None,
 ) -> None:
     """Draw points joined by a line for each value of `line`, with intervals on both axes and texts at the points."""
-    for name, rows, style in _groups(df, line):
+    for name, rows, style in _groups(df, line, looks):
         style = style if markers else {"color": style["color"], "marker": ""}
-        beside, above = _margins(rows, x, x_low, x_high), _margins(rows, y, low, high)
-        ax.errorbar(rows[x], rows[y], xerr=beside, yerr=above, label=name, elinewidth=1, **style)
+        x_margins, y_margins = _margins(rows, x, x_low, x_high), _margins(rows, y, low, high)
+        ax.errorbar(rows[x], rows[y], xerr=x_margins, yerr=y_margins, label=name, elinewidth=1, **style)
         if label:
-            for text, place in zip(rows[label], zip(rows[x], rows[y], strict=True), strict=True):
-                ax.annotate(str(text), place, xytext=(4, 4), textcoords="offset points", fontsize=8, color="#5a6373")
+            for text, point in zip(rows[label], zip(rows[x], rows[y], strict=True), strict=True):
+                ax.annotate(str(text), point, xytext=(4, 4), textcoords="offset points", fontsize=8, color="#5a6373")
     _finish(ax, x, y)
 
 
 @_plot
 def scatter(
-    ax: Axes, df: pd.DataFrame, x: str, y: str, group: str | None = None, *, guides: Sequence[float] = ()
+    ax: Axes,
+    df: pd.DataFrame,
+    x: str,
+    y: str,
+    group: str | None = None,
+    *,
+    guides: Sequence[float] = (),
+    looks: Mapping[str, Look] | None = None,
 ) -> None:
     """Draw a dot a row, coloured by `group`; each of `guides` draws the line y = guide · x."""
     dense = len(df) > 300
-    for name, rows, style in _groups(df, group):
+    for name, rows, style in _groups(df, group, looks):
         # Pictures of thousands of dots are megabytes as vectors.
         ax.scatter(
             rows[x], rows[y], label=name, s=8 if dense else 22, alpha=0.4 if dense else 0.8, linewidths=0,
@@ -139,7 +148,12 @@ def heatmap(ax: Axes, table: pd.DataFrame, *, vmin: float | None = None, vmax: f
 
 
 def facets(df: pd.DataFrame, by: str, plot: Callable[..., Figure], **options: Any) -> Figure:
-    """Return one figure with a panel for each value of `by`, three in a row, drawn by one of this module's plots."""
+    """Return one figure with a panel for each value of `by`, three in a row, drawn by one of this module's plots.
+
+    What the plot groups by looks the same in all panels.
+    """
+    if group := options.get("line") or options.get("group"):
+        options["looks"] = _looks(df[group])
     panels = list(df.groupby(by, sort=False, dropna=False))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -151,17 +165,24 @@ def facets(df: pd.DataFrame, by: str, plot: Callable[..., Figure], **options: An
         for (name, part), ax in zip(panels, grid.flat, strict=False):
             plot(part, ax=ax, title=str(name), **options)
             ax.label_outer()
-        _legend(figure.axes[0])
+        _legend(figure)
     return figure
 
 
-def _groups(df: pd.DataFrame, group: str | None) -> Iterable[tuple[str | None, pd.DataFrame, dict[str, Any]]]:
+def _looks(names: pd.Series) -> dict[str, Look]:
+    others = itertools.count()
+    return {str(name): look(str(name), 0 if name in _LOOKS else next(others)) for name in names.unique()}
+
+
+def _groups(
+    df: pd.DataFrame, group: str | None, looks: Mapping[str, Look] | None
+) -> Iterable[tuple[str | None, pd.DataFrame, Look]]:
     if group is None:
         yield None, df, look("HiP-LoRA")
         return
-    others = itertools.count()
+    looks = looks or _looks(df[group])
     for name, rows in df.groupby(group, sort=False, dropna=False):
-        yield str(name), rows, look(str(name), 0 if name in _LOOKS else next(others))
+        yield str(name), rows, looks[str(name)]
 
 
 def _margins(rows: pd.DataFrame, value: str, low: str | None, high: str | None) -> np.ndarray | None:
@@ -179,14 +200,17 @@ def _ticks(names: pd.Index, most: int) -> tuple[list[int], list[str]]:
 def _finish(ax: Axes, x: str, y: str) -> None:
     ax.set(xlabel=x, ylabel=y)
     if len(ax.figure.axes) == 1:
-        _legend(ax)
+        _legend(ax.figure)
 
 
-def _legend(ax: Axes) -> None:
-    """Put the legend above the panels, where it hides nothing, the figure higher by its rows after two."""
-    handles, labels = ax.get_legend_handles_labels()
+def _legend(figure: Any) -> None:
+    """Put one legend above the panels, where it hides nothing, and make the figure higher by its rows after two."""
+    handles: dict[str, Any] = {}
+    for ax in figure.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    labels = list(handles)
     if len(labels) > 1:
-        figure: Any = ax.figure
         columns = 3 if len(labels) > 8 and max(map(len, labels)) < 18 else 2
-        figure.legend(handles, labels, loc="outside upper left", ncols=columns)
+        figure.legend(handles.values(), labels, loc="outside upper left", ncols=columns)
         figure.set_figheight(figure.get_figheight() + 0.19 * max(0, -(-len(labels) // columns) - 2))

@@ -18,7 +18,7 @@ def formatted(df: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     """
     if not isinstance(df.index, pd.RangeIndex):
         df = df.reset_index(names=[name or "" for name in df.index.names])
-    columns = {place: [_text(value, digits) for value in df.iloc[:, place]] for place in range(df.shape[1])}
+    columns = {i: [_text(value, digits) for value in df.iloc[:, i]] for i in range(df.shape[1])}
     return pd.DataFrame(columns).set_axis([_label(name) for name in df.columns], axis="columns")
 
 
@@ -55,5 +55,5 @@ def _text(value: Any, digits: int) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float) and not 10 ** (digits - 1) <= abs(value) < 1e9:
-        return f"{value:#.{digits}g}"
+        return f"{value:#.{digits}g}".removesuffix(".")  # 99.97 → 100
     return f"{value:,.0f}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""From a study's recipe to its jobs: the same call twice gives the same job, whichever protocol makes it."""
+"""The jobs of a study's recipe: the same call twice gives the same job, whichever protocol makes it."""
 
 import functools
 from collections.abc import Iterable, Mapping
@@ -62,8 +62,9 @@ class Study:
         """Return a method with some fields of its `method` block changed, under its title or another."""
         row = self.row(method)
         changed = as_read({**as_written(row.method), **settings})
-        given = {**row.model_dump(exclude_unset=True), "title": title or row.title, "method": changed}
-        return type(row).model_validate(given)
+        return type(row).model_validate(
+            {**row.model_dump(exclude_unset=True), "title": title or row.title, "method": changed}
+        )
 
     # Jobs.
 
@@ -84,11 +85,10 @@ class Study:
 
         `candidates`: value → its trainings by name; no two values share a name.
         """
-        listed = [{"value": value, "needs": list(runs)} for value, runs in candidates.items()]
-        settings = {"field": "held_out_after", "prefer": "low", "candidates": listed}
-        return self.job(
-            "collect", name, settings, **{need: job for runs in candidates.values() for need, job in runs.items()}
-        )
+        choices = [{"value": value, "needs": list(runs)} for value, runs in candidates.items()]
+        settings = {"field": "held_out_after", "prefer": "low", "candidates": choices}
+        needs = {need: job for runs in candidates.values() for need, job in runs.items()}
+        return self.job("collect", name, settings, **needs)
 
     def adapter(
         self,
@@ -109,15 +109,15 @@ class Study:
         training short; `start` is a training to carry on from, which may `widen` a function-aware basis. `chosen` maps
         fields of the method, which its factors do not depend on, to the jobs that choose them.
         """
-        by, chosen = like or row, chosen or {}
+        rated, chosen = like or row, chosen or {}  # whose learning rate it is
         widen = widen and start is not None and getattr(row.method, "widens", False)
-        key = (row.model_dump_json(), by.model_dump_json(), domain, seed, lr, steps, start, widen, *chosen.items())
+        key = (row.model_dump_json(), rated.model_dump_json(), domain, seed, lr, steps, start, widen, *chosen.items())
         if key in self._made:
             return self._made[key]
-        optional = {"rate": self.rate(by) if lr is None else None, "factors": self.factors(row), "start": start}
+        optional = {"rate": self.rate(rated) if lr is None else None, "factors": self.factors(row), "start": start}
         needs = {name: job for name, job in {**optional, **chosen}.items() if job is not None}
-        told = ("" if lr is None else f", rate {lr:g}") + ("" if steps is None else f", {steps} steps")
-        told += "" if start is None else f" after {start.name.partition(' ')[2]}"
+        details = ("" if lr is None else f", rate {lr:g}") + ("" if steps is None else f", {steps} steps")
+        details += "" if start is None else f" after {start.name.partition(' ')[2]}"
         recipe = TrainRecipe(
             model=self.identity,
             data=self.source(domain),
@@ -125,14 +125,14 @@ class Study:
             train=self.recipe.training(row, **({} if steps is None else {"steps": steps})),
             seed=seed,
         )
-        rate = result("rate", "value") if "rate" in needs else lr or self.recipe.given_rate(by)
+        rate = result("rate", "value") if "rate" in needs else lr or self.recipe.given_rate(rated)
         written = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"out", "model"})
         written["train"] = {**written.get("train", {}), "lr": rate, **({"widen": True} if widen else {})}
         written["method"] = as_written(row.method) | {field: result(field, "value") for field in chosen}
         calibration = getattr(recipe.method, "calibration_text", None)
         files = self.hashes([recipe.data.path, recipe.data.held_out, calibration, recipe.train.kl_text])
         self._made[key] = self.job(
-            "train", f"train {row.title} on {domain}, seed {seed}{told}",
+            "train", f"train {row.title} on {domain}, seed {seed}{details}",
             {"recipe": {**written, "seed": seed}, "files": files}, **needs,
         )  # fmt: skip
         return self._made[key]
@@ -149,10 +149,10 @@ class Study:
 
     def score(self, adapter: Job | None = None, tasks: Mapping[str, int | None] | None = None) -> Job:
         """Return the job that scores an adapter, or the base, on tasks (None: all of the domains')."""
-        told = f" ({', '.join(tasks)})" if tasks else ""
+        listed = f" ({', '.join(tasks)})" if tasks else ""
         if adapter is None:
-            return self.job("evaluate", f"score the base{told}", self.scoring(tasks, drift=False))
-        name = f"score {adapter.name.partition(' ')[2]}{told}"
+            return self.job("evaluate", f"score the base{listed}", self.scoring(tasks, drift=False))
+        name = f"score {adapter.name.partition(' ')[2]}{listed}"
         return self.job("evaluate", name, self.scoring(tasks, drift=True), adapter=adapter)
 
     def inspect(self, adapter: Job, rank: int) -> Job:
@@ -173,29 +173,29 @@ class Study:
         evaluation, files = self.recipe.evaluation, {}
         for task in tasks:
             if task in own_tasks():  # else one of lm-eval's own
-                stem = own_tasks()[task]["metadata"]["file"]
-                path = data_file(self.place.data, stem) if self.place.data is not None else None
-                files[stem] = None if path is None else self._hash(path)
+                name = own_tasks()[task]["metadata"]["file"]
+                path = data_file(self.place.data, name) if self.place.data is not None else None
+                files[name] = None if path is None else self._hash(path)
         texts = evaluation.drift if drift else None
         files |= self.hashes(texts.files if texts else ())
         return {"tasks": dict(tasks), "seed": evaluation.seed, "drift": texts and texts.settings(), "files": files}
 
     def source(self, domain: str) -> DataSettings:
         """Return a domain's rows: the file, or the hub's if the data folder has no such file."""
-        found, data = self.recipe.domains[domain], self.place.data
-        here = data is not None and found.train.path and (data / found.train.path).is_file()
-        return found.hub if found.hub is not None and not here else found.train
+        rows, hub = self.recipe.domains[domain].train, self.recipe.domains[domain].hub
+        has_file = self.place.data is not None and rows.path and (self.place.data / rows.path).is_file()
+        return hub if hub is not None and not has_file else rows
 
     def hashes(self, names: Iterable[str | None]) -> dict[str, str | None]:
         """Return name → hash for files of the data folder; None for hub data sets and missing files."""
-        found = {name: self._hash(Path(self.place.located(name))) for name in names if name is not None}
-        self.missing |= {name: None for name, known in found.items() if known is None and not is_hub_name(name)}
-        return found
+        hashes = {name: self._hash(Path(self.place.located(name))) for name in names if name is not None}
+        self.missing |= {name: None for name, digest in hashes.items() if digest is None and not is_hub_name(name)}
+        return hashes
 
     @property
     def files(self) -> list[Path]:
         """The files that jobs read."""
-        return [path for path, known in self._hashes.items() if known is not None]
+        return [path for path, digest in self._hashes.items() if digest is not None]
 
     def _hash(self, path: Path) -> str | None:
         if path not in self._hashes:
@@ -204,10 +204,10 @@ class Study:
 
 
 def as_written(method: Any) -> dict[str, Any]:
-    """Return a method as keys of jobs have it: its name, and what differs from the defaults; new fields change none.
+    """Return a method as it stands in the keys of jobs: its name and what differs from the defaults.
 
-    Fields for which the preset "paper" has a default of its own are written too; `gradient_projection` where it is on:
-    records without it are of trainings whose gradients were not projected.
+    So a new field changes no key. Fields for which the preset "paper" has a default of its own are written too, and
+    `gradient_projection` where it is on: records without it are of trainings whose gradients were not projected.
     """
     written = method.model_dump(mode="json", exclude_defaults=True, exclude={"gradient_projection"})
     if getattr(method, "is_closed", False) and method.gradient_projection:

@@ -46,15 +46,15 @@ def run_graph(
     `address`, None starts one here; ConfigError if there is none.
     """
     store, failed, died = Store(place.folder), set[Job](), set[Job]()
-    running: dict[Future[str], tuple[int, Job]] = {}
+    running: dict[Future[str], tuple[int, Job]] = {}  # with the slot of each job
     if not store.unfinished(graph):
         return failed
     pool = _Ray(place, workers, address, gpus_per_job) if executor == "ray" else _Processes(place, workers)
     try:
         while True:
             taken = dict(running.values())
-            closed = {*failed, *taken.values()}
-            ready = [job for job, can_start in store.unfinished(graph).items() if can_start and job not in closed]
+            excluded = {*failed, *taken.values()}
+            ready = [job for job, can_start in store.unfinished(graph).items() if can_start and job not in excluded]
             if not ready and not running:
                 return failed
             free = [slot for slot in range(pool.slots) if slot not in taken]
@@ -84,8 +84,8 @@ def run_graph(
 def run_job(job: Job, context: "Context") -> str:
     """Do one job whose needs are finished; return "done", "failed" (the reason is stored), or "busy" elsewhere."""
     store = context.store
-    with store.claimed(job) as mine:
-        if not mine:
+    with store.claimed(job) as claimed:
+        if not claimed:
             return "busy"
         try:
             if not store.readable(job):
@@ -101,19 +101,19 @@ def run_job(job: Job, context: "Context") -> str:
 def _do(job: Job, context: "Context") -> None:
     from hiplora.study.steps import STEPS
 
-    began, store, kind = time.perf_counter(), context.store, KINDS[job.kind]
-    results = {name: store.result(need) or {} for name, need in job.needs.items()}
-    lost = [found[DIVERGED] for found in results.values() if DIVERGED in found]
-    if lost and kind.reads:  # there is no adapter to work with
-        found, timing = {DIVERGED: lost[0]}, dict[str, Any]()
+    start, store, kind = time.perf_counter(), context.store, KINDS[job.kind]
+    needed = {name: store.result(need) or {} for name, need in job.needs.items()}
+    reasons = [result[DIVERGED] for result in needed.values() if DIVERGED in result]
+    if reasons and kind.reads:  # there is no adapter to work with
+        result, timing = {DIVERGED: reasons[0]}, dict[str, Any]()
     else:
-        found, timing = STEPS[job.kind](context, job, filled(job.settings, results))
-    if DIVERGED in found and store.finished(job) and store.diverged(job) is None:
+        result, timing = STEPS[job.kind](context, job, filled(job.settings, needed))
+    if DIVERGED in result and store.finished(job) and store.diverged(job) is None:
         raise HipLoraError(
-            f"{found[DIVERGED]}; the reused record, of another machine, has a finite result: continue there, or start "
+            f"{result[DIVERGED]}; the reused record, of another machine, has a finite result: continue there, or start "
             "in a new folder without --reuse"
         )
-    store.finish(job, found, {"seconds": time.perf_counter() - began, **timing}, artifact=kind.makes)
+    store.finish(job, result, {"seconds": time.perf_counter() - start, **timing}, artifact=kind.makes)
 
 
 @functools.lru_cache(maxsize=1)
@@ -135,7 +135,7 @@ class _Processes:
 
     def __init__(self, place: Place, workers: int):
         self.slots, self._place = workers, place
-        self._others = set(multiprocessing.active_children())
+        self._earlier = set(multiprocessing.active_children())  # not of this study
         self._pools: dict[int, ProcessPoolExecutor] = {}
 
     def submit(self, slot: int, job: Job) -> "Future[str]":
@@ -146,7 +146,7 @@ class _Processes:
         return self._pools[slot].submit(_work, job, self._place)
 
     def close(self, interrupted: bool) -> None:
-        for process in set(multiprocessing.active_children()) - self._others if interrupted else ():
+        for process in set(multiprocessing.active_children()) - self._earlier if interrupted else ():
             process.terminate()  # files are whole or absent, so an interrupted job loses nothing it stored
         for pool in self._pools.values():
             pool.shutdown(cancel_futures=True)
@@ -187,10 +187,10 @@ class _Ray:
         import ray
 
         _connect(ray, workers, address)
-        most = max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-        if gpus_per_job > most:
+        largest = max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+        if gpus_per_job > largest:
             raise ConfigError(
-                f"--gpus-per-job {gpus_per_job:g}: no machine of the cluster has more than {most:g}; lower it"
+                f"--gpus-per-job {gpus_per_job:g}: no machine of the cluster has more than {largest:g}; lower it"
             )
         self.slots = max(int(ray.cluster_resources().get("CPU", 1.0)), 1)  # what finds no GPU waits in Ray's own queue
         self._ray, self._place, self.died = ray, place, ray.exceptions.RayError
@@ -204,14 +204,14 @@ class _Ray:
 
 
 def _connect(ray: Any, workers: int, address: str | None) -> None:
-    here = {} if address else {"num_cpus": workers, "include_dashboard": False}
+    resources = {} if address else {"num_cpus": workers, "include_dashboard": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves jobs beside anything else
     try:
         host, _, port = (address or "").rpartition(":")
         if host and "/" not in host and port.isdigit():  # Ray itself would wait for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **here)
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **resources)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"--address {address}: no Ray cluster answers ({first_line(error)}); start one with `ray start --head`, or "

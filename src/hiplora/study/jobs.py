@@ -1,4 +1,4 @@
-"""A study's jobs: each named by the hash of everything its result depends on, and the graph they form."""
+"""A study's jobs, each named by the hash of everything its result depends on, and the graph that they form."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ DIVERGED = "diverged"  # the only field in the result of a training that diverge
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of job, which `steps.STEPS` has the function for.
+    """A kind of job; `steps.STEPS` has its function.
 
     `makes`: it leaves an artifact; `reads`: it needs the artifacts of the jobs before it; `alone`: no other job may run
     meanwhile, since it measures speed. `version` goes up when the same settings give other results than before.

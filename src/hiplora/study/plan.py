@@ -1,4 +1,4 @@
-"""A study at its folder: open it, check it before it runs, how far it is, and how long the rest will take."""
+"""Open a study in its folder, check it before it runs, and tell how far it is and how long the rest will take."""
 
 import os
 import time
@@ -68,7 +68,7 @@ def check(study: Study) -> None:
 def check_tasks(study: Study) -> set[str]:
     """Return the tasks; raises ConfigError with those that are neither hiplora's nor lm-eval's."""
     tasks = {task for job in study.graph for task in job.settings.get("tasks") or ()}
-    if foreign := tasks - set(own_tasks()):
+    if foreign := tasks - own_tasks().keys():
         from hiplora.evaluation.engine import foreign_tasks
 
         if unknown := sorted(foreign - foreign_tasks()):
@@ -90,7 +90,7 @@ def status(study: Study, measured: dict[str, float] | None = None) -> dict[str, 
     rows = [(job.kind, _size(job), job in left, timings[job].get("seconds")) for job in study.graph]
     jobs = pd.DataFrame(rows, columns=["kind", "size", "left", "seconds"])
     kinds = {kind: _remaining(rows, measured.get(kind)) for kind, rows in jobs.groupby("kind", sort=False)}
-    known = [one["seconds"] for one in kinds.values() if one["left"] and one["seconds"] is not None]
+    estimates = [kind["seconds"] for kind in kinds.values() if kind["left"] and kind["seconds"] is not None]
     trained = [job for job in study.graph if job.kind == "train"]
     peaks = [timings[job].get("peak_memory_bytes") for job in trained]
     return {
@@ -98,8 +98,8 @@ def status(study: Study, measured: dict[str, float] | None = None) -> dict[str, 
         "jobs": len(study.graph),
         "left": len(left),
         "kinds": kinds,
-        "seconds_left": sum(known) if known or not left else None,
-        "without_estimate": [kind for kind, one in kinds.items() if one["seconds"] is None],
+        "seconds_left": sum(estimates) if estimates or not left else None,
+        "without_estimate": [name for name, kind in kinds.items() if kind["seconds"] is None],
         "peak_memory_bytes": max(filter(None, [*peaks, measured.get("peak_memory_bytes")]), default=None),
         "missing_files": list(study.missing),
         "at_work": [job.name for job in left if store.at_work(job)],
@@ -111,21 +111,21 @@ def status(study: Study, measured: dict[str, float] | None = None) -> dict[str, 
 def _remaining(jobs: pd.DataFrame, rate: float | None) -> dict[str, Any]:
     """Count the jobs of a kind and estimate the seconds for those left, by steps or items; None if unknown."""
     size = jobs["size"]
-    if not all(size):
+    if not all(size):  # by jobs, then
         size, rate = size * 0 + 1, None
     done = ~jobs.left & jobs.seconds.notna()
     if done.any():
         rate = jobs.seconds[done].sum() / size[done].sum()
-    waiting = int(jobs.left.sum())
-    seconds = None if rate is None and waiting else float((rate or 0.0) * size[jobs.left].sum())
-    return {"jobs": len(jobs), "left": waiting, "seconds": seconds}
+    left = int(jobs.left.sum())
+    seconds = None if rate is None and left else float((rate or 0.0) * size[jobs.left].sum())
+    return {"jobs": len(jobs), "left": left, "seconds": seconds}
 
 
 def _size(job: Job) -> int:
     """Return a job's steps or items; 0 if they are not known before it runs."""
     if job.kind == "train":
-        trained = job.settings["recipe"].get("train", {})
-        return 0 if "epochs" in trained else trained.get("steps", 2000)
+        training = job.settings["recipe"].get("train", {})
+        return 0 if "epochs" in training else training.get("steps", 2000)
     if job.kind in ("evaluate", "merge"):
         counts = job.settings["tasks"].values()
         return sum(counts) if all(counts) else 0
@@ -139,18 +139,19 @@ def measure(study: Study) -> dict[str, float]:
     """
     from hiplora.study.steps import Context, placed_recipe, score, timed
 
-    context, found = Context(study.place), dict[str, float]()
+    context, measured = Context(study.place), dict[str, float]()
     first = {job.kind: job.settings for job in reversed(list(study.graph))}
     if "train" in first:
         recipe = placed_recipe(context, first["train"]["recipe"])
         recipe["train"]["lr"] = 1e-4  # may still have to be chosen
-        took = timed(recipe, warmup=1, steps=1)
-        found |= {"train": took["step_seconds_median"], "peak_memory_bytes": took["peak_memory_bytes"]}
+        step = timed(recipe, warmup=1, steps=1)
+        measured |= {"train": step["step_seconds_median"], "peak_memory_bytes": step["peak_memory_bytes"]}
     if "evaluate" in first:
         tasks = {task: min(n or ONE_BATCH, ONE_BATCH) for task, n in first["evaluate"]["tasks"].items()}
+        settings = {**first["evaluate"], "tasks": tasks}
         model, _ = context.model()
-        score(context, model, {**first["evaluate"], "tasks": tasks})  # imports lm-eval, and reads the tasks
-        began = time.perf_counter()
-        score(context, model, {**first["evaluate"], "tasks": tasks})
-        found["evaluate"] = found["merge"] = (time.perf_counter() - began) / sum(tasks.values())
-    return found
+        score(context, model, settings)  # imports lm-eval, and reads the tasks
+        start = time.perf_counter()
+        score(context, model, settings)
+        measured["evaluate"] = measured["merge"] = (time.perf_counter() - start) / sum(tasks.values())
+    return measured

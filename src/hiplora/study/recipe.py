@@ -126,23 +126,23 @@ class StudyRecipe(Block):
     @model_validator(mode="after")
     def _names_exist_once(self) -> "StudyRecipe":
         """Check the names of methods and domains, and that titles, tasks and seeds tell results apart."""
-        asked = {name: settings for name, settings in self.protocols if settings is not None}
-        _check(self.rates.domains if self.rates else None, self.domains, "rates.domains")
-        for protocol, settings in asked.items():
-            for field, given, kind in settings.named():
-                _check(given, getattr(self, kind), f"protocols.{protocol}.{field}")
+        protocols = {name: settings for name, settings in self.protocols if settings is not None}
+        _check_names(self.rates.domains if self.rates else None, self.domains, "rates.domains")
+        for protocol, settings in protocols.items():
+            for field, names, block in settings.named():
+                _check_names(names, getattr(self, block), f"protocols.{protocol}.{field}")
         for block, field in (("methods", "title"), ("domains", "title"), ("domains", "task")):
-            given = [getattr(entry, field) for entry in getattr(self, block).values()]
-            if twice := sorted({one for one in given if given.count(one) > 1}):
+            values = [getattr(entry, field) for entry in getattr(self, block).values()]
+            if twice := sorted({value for value in values if values.count(value) > 1}):
                 raise ValueError(
                     f"`{block}`: two have the {field} {twice[0]!r}, by which results are told apart; give each its own"
                 )
         # The selection takes the seed of the rates on purpose.
-        own = {f"`protocols.{name}`'s": one.seeds or [] for name, one in asked.items() if name != "selection"}
-        for whose, seeds in {"the study's": self.seeds, **own}.items():
+        own = {f"`protocols.{name}`'s": one.seeds or [] for name, one in protocols.items() if name != "selection"}
+        for owner, seeds in {"the study's": self.seeds, **own}.items():
             if self.rates is not None and self.rates.seed in seeds:
                 raise ValueError(
-                    f"`rates.seed` {self.rates.seed} is one of {whose} seeds; rates must be chosen on runs that are "
+                    f"`rates.seed` {self.rates.seed} is one of {owner} seeds; rates must be chosen on runs that are "
                     "not reported: change it"
                 )
         if len(set(self.seeds)) < len(self.seeds):
@@ -171,12 +171,12 @@ class StudyRecipe(Block):
             if len(first) < 2 or any(sorted(order) != sorted(set(first)) for order in (first, *others)):
                 raise ValueError("`protocols.continual` needs two or more domains in order, each once in each order")
         if protocols.editing:
-            if taken := sorted(EDITORS.keys() & protocols.editing.methods):
+            if reserved := sorted(EDITORS.keys() & protocols.editing.methods):
                 raise ValueError(
-                    f"`protocols.editing.methods`: {taken[0]!r} is an editor of weights; rename the method"
+                    f"`protocols.editing.methods`: {reserved[0]!r} is an editor of weights; rename the method"
                 )
             trained = [*protocols.editing.methods, *(["crispedit"] if protocols.editing.crispedit is not None else [])]
-            _check(protocols.editing.lr, trained, "protocols.editing.lr")
+            _check_names(protocols.editing.lr, trained, "protocols.editing.lr")
         return self
 
     @model_validator(mode="after")
@@ -190,20 +190,20 @@ class StudyRecipe(Block):
 
     def training(self, method: StudyMethod, **changes: Any) -> TrainSettings:
         """Return how a method trains: the study's settings, its own over them, and `changes` over both."""
-        own = {**self.train.model_dump(exclude_unset=True), **method.train, **changes}
-        if "epochs" in own:
-            own.pop("epochs" if "steps" in changes else "steps", None)
-        return TrainSettings.model_validate(own)
+        settings = {**self.train.model_dump(exclude_unset=True), **method.train, **changes}
+        if "epochs" in settings:
+            settings.pop("epochs" if "steps" in changes else "steps", None)
+        return TrainSettings.model_validate(settings)
 
     def given_rate(self, method: StudyMethod) -> float:
         """Return a method's learning rate if none is searched for: its own, else that of its training."""
         return self.training(method).lr if method.lr == "chosen" else method.lr
 
 
-def _check(names: Iterable[str] | None, known: Iterable[str], where: str) -> None:
+def _check_names(names: Iterable[str] | None, defined: Iterable[str], where: str) -> None:
     for name in names or ():
-        if name not in known:
-            raise ValueError(f"`{where}` names {name!r}; expected one of {', '.join(known) or 'none'}")
+        if name not in defined:
+            raise ValueError(f"`{where}` names {name!r}; expected one of {', '.join(defined) or 'none'}")
 
 
 def own_studies() -> dict[str, Path]:
@@ -223,7 +223,8 @@ def load_study(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> Stud
     for override in overrides:
         put_over(value, override)
     try:
-        return StudyRecipe.model_validate(_placed(value, Path.cwd()))  # that of a file is absolute already
+        # The model's path in a file is absolute already.
+        return StudyRecipe.model_validate(_with_absolute_model(value, Path.cwd()))
     except ValidationError as error:
         raise refusal(path, described(error, StudyRecipe)) from None
 
@@ -238,8 +239,8 @@ def _find(recipe: str | os.PathLike) -> Path:
     return path
 
 
-def _placed(value: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make the path of a recipe's model absolute, if it is one."""
+def _with_absolute_model(value: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make a recipe's model absolute if it is a path."""
     model = value.get("model")
     if isinstance(model, str) and model.startswith((".", "/", "~")):
         value["model"] = os.path.abspath(folder / Path(model).expanduser())
@@ -248,19 +249,19 @@ def _placed(value: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _extended(path: Path, below: Sequence[Path] = ()) -> dict[str, Any]:
     """Return a recipe's values over those of the recipe it extends; `below` are those that extend this one."""
-    value = _placed(read_yaml(path), path.parent)
+    value = _with_absolute_model(read_yaml(path), path.parent)
     parent = value.pop("extends", None)
     if parent is None:
         return value
     beside = path.parent / str(parent)
-    found = beside if beside.is_file() else _find(str(parent))
+    parent_path = beside if beside.is_file() else _find(str(parent))
     below = (path.resolve(), *below)
-    if found.resolve() in below:
+    if parent_path.resolve() in below:
         raise ConfigError(f"{path}: extends {parent}, which extends this recipe; break the circle")
-    merged = _extended(found, below)
+    merged = _extended(parent_path, below)
     for key, new in value.items():
         old = merged.get(key)
         if isinstance(new, dict) and isinstance(old, dict):
-            new = {name: one for name, one in {**old, **new}.items() if one is not None}
+            new = {name: entry for name, entry in {**old, **new}.items() if entry is not None}
         merged[key] = new
     return merged

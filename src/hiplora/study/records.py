@@ -26,7 +26,7 @@ Tables = dict[str, tuple[str, pd.DataFrame]]  # file name → caption, table
 
 @dataclass
 class Findings:
-    """What a protocol found, as far as its jobs are done; `missing` names the others.
+    """The results of a protocol, as far as its jobs are done; `missing` names the others.
 
     `measured` has a row a number: method, metric, estimate, low, high, sd over seeds, seeds, unit, and whatever else
     tells it apart. `figures` are file name → (caption, figure), `files` name → text of what else the report gets. The
@@ -44,7 +44,7 @@ class Findings:
 
 
 def tidy(done: Done) -> pd.DataFrame:
-    """Return the numbers that jobs found, a row each: the job's labels, run, task, metric, item, value.
+    """Return the numbers in the results of jobs, a row each: the job's labels, run, task, metric, item, value.
 
     `metric`: of a task `accuracy` and `likelihood`, a row an item, in per cent; of a drift text `kl` and
     `perplexity_ratio`; of a training `loss` by step, `held_out_before`, `held_out_after` and `parameters`.
@@ -60,21 +60,21 @@ def tidy(done: Done) -> pd.DataFrame:
     return frame.assign(item=frame.groupby(level=0).cumcount()).reset_index(drop=True)
 
 
-def _numbers(found: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence[float]]]:
-    for task, scores in found.get("tasks", {}).items():
+def _numbers(result: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence[float]]]:
+    for task, scores in result.get("tasks", {}).items():
         for stored, form in FORMS.items():
             if scores[stored] is not None:
                 yield task, form, scores[stored]
-    for text, drift in (found.get("drift") or {}).items():
+    for text, drift in (result.get("drift") or {}).items():
         for metric in ("kl", "perplexity_ratio"):
             yield text, metric, [drift[metric]]
-    if "curve" in found:
-        losses = dict(found["curve"])
+    if "curve" in result:
+        losses = dict(result["curve"])
         yield "training", "loss", [losses.get(step, np.nan) for step in range(max(losses, default=-1) + 1)]
-        yield "training", "parameters", [found["trainable_parameters"]]
+        yield "training", "parameters", [result["trainable_parameters"]]
         for metric in ("held_out_before", "held_out_after"):
-            if found[metric] is not None:
-                yield "training", metric, [found[metric]]
+            if result[metric] is not None:
+                yield "training", metric, [result[metric]]
 
 
 def scored(frame: pd.DataFrame, tasks: Mapping[str, str] | None = None, column: str = "on") -> pd.DataFrame:
@@ -83,7 +83,7 @@ def scored(frame: pd.DataFrame, tasks: Mapping[str, str] | None = None, column: 
     With `tasks` those of these tasks alone, and what stands for each in another column.
     """
     rows = frame[frame.metric.isin(FORMS.values())].rename(columns={"metric": "form"})
-    return rows if tasks is None else rows[rows.task.isin(tasks)].assign(**{column: lambda one: one.task.map(tasks)})
+    return rows if tasks is None else rows[rows.task.isin(tasks)].assign(**{column: lambda df: df.task.map(tasks)})
 
 
 def measured(frame: pd.DataFrame, metric: str, unit: str = "", **labels: Any) -> pd.DataFrame:
@@ -93,16 +93,16 @@ def measured(frame: pd.DataFrame, metric: str, unit: str = "", **labels: Any) ->
 
 def with_differences(draws: pd.DataFrame, metric: str, unit: str = "pp") -> pd.DataFrame:
     """Return replicates as measurements: each method's own, and the paired differences between the trained ones."""
-    apart = differences(draws[draws.index.get_level_values("method") != BASE])
-    return joined(measured(summary(draws), metric, unit), measured(summary(apart), f"{metric} difference", "pp"))
+    paired = differences(draws[draws.index.get_level_values("method") != BASE])
+    return joined(measured(summary(draws), metric, unit), measured(summary(paired), f"{metric} difference", "pp"))
 
 
 def joined(*parts: pd.DataFrame, columns: Sequence[str] = ()) -> pd.DataFrame:
     """Return measurements below each other, with the columns of all parts and some more."""
     names = list(dict.fromkeys(name for frame in (*parts, columns) for name in frame))
-    known = [part for part in parts if len(part)]
-    found = pd.concat(known, ignore_index=True) if known else pd.DataFrame(columns=names)
-    return found.reindex(columns=names)
+    filled = [part for part in parts if len(part)]
+    whole = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
+    return whole.reindex(columns=names)
 
 
 def table(frame: pd.DataFrame, rows: str = "method", paper: str = "", order: Sequence[str] = ()) -> pd.DataFrame:
@@ -115,12 +115,12 @@ def table(frame: pd.DataFrame, rows: str = "method", paper: str = "", order: Seq
     for row in frame.itertuples():
         text = interval(row.estimate, row.low, row.high, int(getattr(row, "digits", 1)))
         in_paper = paper and getattr(row, "form", None) != "likelihood"
-        theirs = paper_value(paper, getattr(row, rows), row.column) if in_paper else None
-        texts.append(text if theirs is None else f"{text} (paper: {theirs:g})")
+        reported = paper_value(paper, getattr(row, rows), row.column) if in_paper else None
+        texts.append(text if reported is None else f"{text} (paper: {reported:g})")
     wide = frame.assign(text=texts).pivot(index=rows, columns="column", values="text")
     columns = dict.fromkeys([*(name for name in order if name in wide), *frame.column.unique()])
-    found = wide.reindex(index=frame[rows].unique(), columns=list(columns)).fillna("–")
-    return found.rename_axis(index=rows.capitalize(), columns=None)
+    ordered = wide.reindex(index=frame[rows].unique(), columns=list(columns)).fillna("–")
+    return ordered.rename_axis(index=rows.capitalize(), columns=None)
 
 
 def by_form(caption: str, numbers: pd.DataFrame, rows: str = "method", paper: str = "", stem: str = "") -> Tables:

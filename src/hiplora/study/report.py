@@ -34,8 +34,8 @@ def report(study: Study, out: str | Path, overwrite: bool = False) -> dict[str, 
     records = [record for job in graph if (record := store.record(job)) is not None]
     if not records:
         raise ConfigError(f"study {recipe.study}: none of its {len(graph)} jobs is done in {store.path}; run it first")
-    found = sections(study)
-    numbers = measurements(found)
+    protocols = sections(study)
+    numbers = measurements(protocols)
     seconds = sum(record["timing"].get("seconds") or 0 for record in records)
     subtitle = (
         f"{len(records):,} of {len(graph):,} jobs are done, {seconds / 3600:.1f} hours of work. Model {recipe.model}, "
@@ -44,39 +44,39 @@ def report(study: Study, out: str | Path, overwrite: bool = False) -> dict[str, 
     origin = {
         "report": provenance(),
         "recipe_sha256": json_sha256(recipe.model_dump(mode="json", exclude_defaults=True)),
-        "commits of the jobs": sorted({str(one["provenance"]["commit"]) for one in records}),
-        "machines": sorted({str(one["provenance"]["machine"]["processor"]) for one in records}),
+        "commits of the jobs": sorted({str(record["provenance"]["commit"]) for record in records}),
+        "machines": sorted({str(record["provenance"]["machine"]["processor"]) for record in records}),
     }
     with staged_dir(out, overwrite) as folder:
-        for one in found:
-            for stem, (_, frame) in one.tables.items():
-                save_table(frame, folder / "tables" / stem)
-            for stem, (_, figure) in one.figures.items():
-                save_figure(figure, folder / "figures" / stem)
-            for name, text in one.files.items():
+        for findings in protocols:
+            for name, (_, frame) in findings.tables.items():
+                save_table(frame, folder / "tables" / name)
+            for name, (_, figure) in findings.figures.items():
+                save_figure(figure, folder / "figures" / name)
+            for name, text in findings.files.items():
                 write_atomic(folder / name, text)
         write_atomic(folder / "measurements.csv", numbers.to_csv(index=False, float_format="%.6g"))
         store.export(graph, folder / "records.jsonl.gz")
         title = recipe.title or recipe.study
-        save_page(folder / "report.html", title, [_section(one) for one in found], subtitle, origin)
+        save_page(folder / "report.html", title, [_section(findings) for findings in protocols], subtitle, origin)
     return {
         "page": str(Path(out) / "report.html"),
-        "sections": {one.name: len(one.missing) for one in found},
+        "sections": {findings.name: len(findings.missing) for findings in protocols},
         "jobs": len(graph),
         "left": len(graph) - len(records),
         "measurements": len(numbers),
     }
 
 
-def measurements(found: Sequence[Findings]) -> pd.DataFrame:
+def measurements(protocols: Sequence[Findings]) -> pd.DataFrame:
     """Return every measured number as one table; labels that only some protocols have come last."""
-    numbers = joined(*(one.measured.assign(protocol=one.name) for one in found), columns=_FIRST)
+    numbers = joined(*(findings.measured.assign(protocol=findings.name) for findings in protocols), columns=_FIRST)
     return numbers[[*_FIRST, *numbers.columns.difference(_FIRST, sort=False)]]
 
 
-def _section(one: Findings) -> Section:
-    text = one.text
-    if one.missing:
-        named = "; ".join(one.missing[:5]) + (" …" if len(one.missing) > 5 else "")
-        text += f"\n\n{len(one.missing)} jobs are not done yet: {named}"
-    return Section(one.title, text, tables=dict(one.tables.values()), figures=dict(one.figures.values()))
+def _section(findings: Findings) -> Section:
+    text, missing = findings.text, findings.missing
+    if missing:
+        names = "; ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
+        text += f"\n\n{len(missing)} jobs are not done yet: {names}"
+    return Section(findings.title, text, dict(findings.tables.values()), dict(findings.figures.values()))

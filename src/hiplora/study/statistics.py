@@ -26,8 +26,8 @@ def replicates(records: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     parts = []
     for task, rows in records.groupby("task", sort=False):
         wide = rows.pivot_table(index="item", columns=list(by), values="value", sort=False)
-        kept = wide.notna().T.apply(lambda row: row.to_numpy().tobytes(), axis=1)
-        for _, columns in kept.groupby(kept, sort=False):
+        scored = wide.notna().T.apply(lambda row: row.to_numpy().tobytes(), axis=1)  # which items a row has
+        for _, columns in scored.groupby(scored, sort=False):
             items = wide[columns.index].dropna().sort_index()
             seed = [0, zlib.crc32(str(task).encode()), len(items)]
             means = resampled_means(items.to_numpy(), REPLICATES, seed)
@@ -37,17 +37,17 @@ def replicates(records: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 def averaged(draws: pd.DataFrame, over: Sequence[str]) -> pd.DataFrame:
     """Return the means of replicates over levels of their index."""
-    kept = [name for name in draws.index.names if name not in over]
-    return draws.groupby(level=kept, sort=False).mean()
+    levels = [name for name in draws.index.names if name not in over]
+    return draws.groupby(level=levels, sort=False).mean()
 
 
 def summary(draws: pd.DataFrame) -> pd.DataFrame:
-    """Return estimate, low and high of the means over the seeds, their sd over the seeds and number."""
-    found, means = student(draws[0]), averaged(draws, ["seed"]).to_numpy()[:, 1:]
+    """Return estimate, low and high of the means over the seeds, their sd over the seeds, and how many these are."""
+    summaries, means = student(draws[0]), averaged(draws, ["seed"]).to_numpy()[:, 1:]
     bounds = np.quantile(means, (0.025, 0.975), axis=1) if len(means) else ((), ())
     for side, values in zip(("low", "high"), bounds, strict=True):
-        found[side] = found[side].where(found.seeds >= SEEDS, values)
-    return found
+        summaries[side] = summaries[side].where(summaries.seeds >= SEEDS, values)
+    return summaries
 
 
 def differences(draws: pd.DataFrame, first: bool = False, ratio: bool = False) -> pd.DataFrame:
@@ -56,11 +56,11 @@ def differences(draws: pd.DataFrame, first: bool = False, ratio: bool = False) -
     With `ratio` the quotients instead, NaN where the denominator is not positive, so that such rows have no interval.
     """
     names, parts = list(draws.index.unique("method")), {}
-    for place, name in enumerate(names):
-        for other in names[: 1 if first and place else place]:
-            here, there = (draws.xs(one, level="method") for one in (name, other))
-            here, there = here.align(there, "inner", axis=0)
-            parts[name, other] = here / there.where(there > 0) if ratio else (here - there).dropna(subset=0)
+    for index, name in enumerate(names):
+        for reference in names[: 1 if first and index else index]:
+            own, others = (draws.xs(method, level="method") for method in (name, reference))
+            own, others = own.align(others, "inner", axis=0)
+            parts[name, reference] = own / others.where(others > 0) if ratio else (own - others).dropna(subset=0)
     if not parts:
         return draws.iloc[:0].assign(minus="").set_index("minus", append=True)
     return pd.concat(parts, names=["method", "minus"])
@@ -69,36 +69,39 @@ def differences(draws: pd.DataFrame, first: bool = False, ratio: bool = False) -
 def student(values: pd.Series) -> pd.DataFrame:
     """Return the means of values over the seeds with Student's 95 % interval; of a single value there is none."""
     groups = values.groupby(level=[name for name in values.index.names if name != "seed"], sort=False)
-    found = pd.DataFrame({"estimate": groups.mean(), "sd": groups.std(), "seeds": groups.size()})
-    margin = student_margin(found.sd, found.seeds)
-    return found.assign(low=found.estimate - margin, high=found.estimate + margin)
+    means = pd.DataFrame({"estimate": groups.mean(), "sd": groups.std(), "seeds": groups.size()})
+    margin = student_margin(means.sd, means.seeds)
+    return means.assign(low=means.estimate - margin, high=means.estimate + margin)
 
 
 def geometric(values: pd.Series) -> pd.DataFrame:
     """Return the geometric means of values over the seeds with Student's interval of their logarithms."""
-    found = student(np.log(values))
-    return np.exp(found[["estimate", "low", "high"]]).assign(seeds=found.seeds)
+    logs = student(np.log(values))
+    return np.exp(logs[["estimate", "low", "high"]]).assign(seeds=logs.seeds)
 
 
 def hierarchical(records: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Return the means for each value of `by` with the paper's interval: seeds are drawn, then values within each."""
 
     def interval(rows: pd.DataFrame) -> pd.Series:
-        seeds = [one.to_numpy() for _, one in rows.groupby("seed", sort=False)["value"]]
-        found = paired_bootstrap({"": seeds}).mean[""]
-        return pd.Series({"estimate": rows["value"].mean(), "low": found.low, "high": found.high})
+        seeds = [values.to_numpy() for _, values in rows.groupby("seed", sort=False)["value"]]
+        mean = paired_bootstrap({"": seeds}).mean[""]
+        return pd.Series({"estimate": rows["value"].mean(), "low": mean.low, "high": mean.high})
 
     return records.groupby(list(by), sort=False)[["seed", "value"]].apply(interval)
 
 
-def opened(found: pd.DataFrame, counts: pd.Series) -> pd.DataFrame:
-    """Return summaries of shares in % or pp; where all items agree, with the exact bound in place of no width.
+def opened(summaries: pd.DataFrame, counts: pd.Series) -> pd.DataFrame:
+    """Return summaries of shares in % or pp, with the exact bound in place of an interval of no width.
 
-    Clopper and Pearson's: of n items of which none showed it, a share up to 1 − 0.025^(1/n) may.
+    An interval has none where all items agree. The bound is Clopper and Pearson's: if none of n items showed something,
+    a share up to 1 − 0.025^(1/n) of all items may.
     """
-    by = np.where(found.low == found.high, 100 * (1 - 0.025 ** (1 / counts)), 0.0)
-    least = np.where(found.unit == "pp", -100, 0)
-    return found.assign(low=np.maximum(found.low - by, least), high=np.minimum(found.high + by, 100))
+    margin = np.where(summaries.low == summaries.high, 100 * (1 - 0.025 ** (1 / counts)), 0.0)
+    least = np.where(summaries.unit == "pp", -100, 0)
+    return summaries.assign(
+        low=np.maximum(summaries.low - margin, least), high=np.minimum(summaries.high + margin, 100)
+    )
 
 
 def drift(records: pd.DataFrame, by: Sequence[str] = (), shared: bool = False) -> pd.DataFrame:
@@ -108,17 +111,17 @@ def drift(records: pd.DataFrame, by: Sequence[str] = (), shared: bool = False) -
     different seeds are of `shared` adapters.
     """
     records = records.rename(columns={"task": "text"})
-    kl, grown = (records[records.metric == metric] for metric in ("kl", "perplexity_ratio"))
+    kl, ratios = (records[records.metric == metric] for metric in ("kl", "perplexity_ratio"))
     if kl.empty:
         return pd.DataFrame(columns=["metric", *by, "method", "text", "estimate"])
-    pairing = [name for name in ("domain", "merge") if name in kl]
+    pairing = [name for name in ("domain", "merge", "order") if name in kl]
     values = kl.set_index([*by, "method", "text", "seed", *pairing])["value"]
     means = student(averaged(values, pairing)).assign(low=np.nan, high=np.nan)
-    apart = differences(np.log(values.where(values > 0)).to_frame(0)).rename_axis(index={"minus": "over"})
-    over = geometric(np.exp(averaged(apart, pairing)[0]))
+    logs = differences(np.log(values.where(values > 0)).to_frame(0)).rename_axis(index={"minus": "over"})
+    over = geometric(np.exp(averaged(logs, pairing)[0]))
     if shared:
         means["sd"] = over["low"] = over["high"] = np.nan
-    growth = np.log(grown.groupby([*by, "method", "text"], sort=False)["value"].mean()).rename("estimate")
+    growth = np.log(ratios.groupby([*by, "method", "text"], sort=False)["value"].mean()).rename("estimate")
     return pd.concat(
         [
             means.reset_index().assign(metric="drift", unit="nats/token"),

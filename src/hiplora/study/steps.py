@@ -26,7 +26,7 @@ from hiplora.devices import machine_dtype, torch_dtype
 from hiplora.editing import Editor
 from hiplora.editing.edits import BUILT_IN
 from hiplora.editing.job import EditJob
-from hiplora.errors import DivergedError, HipLoraError
+from hiplora.errors import DataError, DivergedError, HipLoraError
 from hiplora.evaluation import BaseReference, measure_drift
 from hiplora.evaluation.evaluate import EvalSettings
 from hiplora.evaluation.mounting import applied, holding, load_model, mounted
@@ -51,7 +51,7 @@ BATCH = 8  # texts scored or generated per batch
 WINDOW = 512  # tokens of a window of a probe's texts
 TEXTS = {"written", "written_before", "paraphrase_written", "prompt", "answer", "subject"}  # of edits: left out
 OF_MODULES = ("module", "layer", "type", "norm", "left", "right", "both", "sigma", "gains")
-Found = tuple[dict[str, Any], dict[str, Any]]
+Found = tuple[dict[str, Any], dict[str, Any]]  # a job's result, and its times and memory
 Settings = Mapping[str, Any]
 
 
@@ -95,14 +95,21 @@ class Context:
         """Return a drift text: all rows joined or, with `documents`, so many first rows as texts of their own.
 
         `source` is a .txt file, FILE:FIELD+FIELD (`text` if none is named), or a data set on the hub. DataError if the
-        data set cannot be read.
+        data set cannot be read, or a row lacks a field.
         """
-        name, _, named = source.partition(":")
-        path, fields = self.place.located(name), (named or "text").split("+")
-        if documents is None and not named and path.endswith(".txt"):
+        name, _, field_names = source.partition(":")
+        path, fields = self.place.located(name), (field_names or "text").split("+")
+        if documents is None and not field_names and path.endswith(".txt"):
             return Path(path).read_text(encoding="utf-8")
         rows = hub_rows(name) if is_hub_name(path) else read_rows(Path(path))
-        texts = ["".join(row[field] for field in fields) for _, row in itertools.islice(rows, documents)]
+        texts = []
+        for place, row in itertools.islice(rows, documents):
+            if no_text := next((field for field in fields if not isinstance(row.get(field), str)), None):
+                raise DataError(
+                    f"drift text {source}, {place}: has no text {no_text!r}; its fields are {', '.join(row)}: name "
+                    f"some as {name}:FIELD+FIELD"
+                )
+            texts.append("".join(row[field] for field in fields))
         if documents is not None:
             return texts
         return ("" if fields == ["text"] else "\n").join(texts)
@@ -155,7 +162,7 @@ def factorize(context: Context, job: Job, settings: Settings) -> Found:
     if model.dtype != (dtype := torch_dtype(machine_dtype())):
         model, tokenizer = load(context.place.model, dtype)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-    began = time.perf_counter()
+    start = time.perf_counter()
     config: Any = method.peft_config()
     store: Any
     if method.basis == "activation":
@@ -165,17 +172,17 @@ def factorize(context: Context, job: Job, settings: Settings) -> Found:
         residual, energy = None, sum(layer["energy"] for layer in measured.layers) / len(measured.layers)
     else:
         store = FactorStore()
-        factors = [found for _, found in weight_factors(model, config, store)]
-        residual, energy = max(one.residual for one in factors), None
-    ranks = [one.rank for one in factors]
+        factors = [of_weight for _, of_weight in weight_factors(model, config, store)]
+        residual, energy = max(of_weight.residual for of_weight in factors), None
+    ranks = [of_weight.rank for of_weight in factors]
     return {
         "basis": method.basis,
         "layers": len(ranks),
         "k": ranks[0] if len(set(ranks)) == 1 else ranks,
         "residual": residual,
-        "bytes": sum(part.nbytes for one in factors for part in (one.U, one.sigma, one.V)),
+        "bytes": sum(part.nbytes for of_weight in factors for part in (of_weight.U, of_weight.sigma, of_weight.V)),
         "energy": energy,
-    }, {"factorize_seconds": time.perf_counter() - began, "reused": store.made == 0}
+    }, {"factorize_seconds": time.perf_counter() - start, "reused": store.made == 0}
 
 
 def speed(context: Context, job: Job, settings: Settings) -> Found:
@@ -227,7 +234,7 @@ def score(context: Context, model: Any, settings: Settings) -> dict[str, Any]:
     if not settings["tasks"]:
         return {}
     scores = context.engine(settings["tasks"], settings["seed"]).score(model, context.model()[1], BATCH)
-    return {task: asdict(found) for task, found in scores.items()}
+    return {task: asdict(of_task) for task, of_task in scores.items()}
 
 
 def drift_reference(context: Context, settings: Settings) -> Any:
@@ -239,7 +246,7 @@ def drift_of(model: Any, reference: Any, adapter_off: Any = None) -> dict[str, d
     """Return text → drift from the reference as JSON; None without a reference."""
     if reference is None:
         return None
-    return {name: one.as_dict() for name, one in measure_drift(model, reference, adapter_off).items()}
+    return {text: of_text.as_dict() for text, of_text in measure_drift(model, reference, adapter_off).items()}
 
 
 def merge_adapters(context: Context, job: Job, settings: Settings) -> Found:
@@ -259,16 +266,17 @@ def collect(context: Context, job: Job, settings: Settings) -> Found:
 
     The first of equal candidates wins; one that diverged is not chosen.
     """
-    tried = []
+    field, tried = settings["field"], []
     for candidate in settings["candidates"]:
-        found = [context.store.result(job.needs[name]) or {} for name in candidate["needs"]]
-        mean = sum(math.nan if DIVERGED in one else float(one[settings["field"]]) for one in found) / len(found)
+        results = [context.store.result(job.needs[name]) or {} for name in candidate["needs"]]
+        mean = sum(math.nan if DIVERGED in result else float(result[field]) for result in results) / len(results)
         tried.append({"value": candidate["value"], "mean": mean if math.isfinite(mean) else None})
-    usable = [one for one in tried if one["mean"] is not None]
+    usable = [candidate for candidate in tried if candidate["mean"] is not None]
     if not usable:
-        raise HipLoraError(f"{job.name}: no candidate has a finite {settings['field']}; give lower rates")
-    best = min(usable, key=lambda one: one["mean"])
-    return {"value": best["value"], "tried": tried, "at_the_edge": best in (tried[0], tried[-1])}, {}
+        raise HipLoraError(f"{job.name}: no candidate has a finite {field}; give lower rates")
+    best = min(usable, key=lambda candidate: candidate["mean"])["value"]
+    values = [candidate["value"] for candidate in tried]
+    return {"value": best, "tried": tried, "at_the_edge": best in (min(values), max(values))}, {}
 
 
 def inspect(context: Context, job: Job, settings: Settings) -> Found:
@@ -291,34 +299,34 @@ def edit(context: Context, job: Job, settings: Settings) -> Found:
     last edit; `files`, hashes of what is read.
     """
     method = placed_recipe(context, {"method": settings["method"]})["method"]
-    given = _given(EditJob, settings)
-    given |= {"model": context.place.model, "method": method.pop("name"), "method_settings": method}
-    if given["edits"] != BUILT_IN:
-        given["edits"] = context.place.located(given["edits"])
-    asked = EditJob(**given)
+    fields = _fields_of(EditJob, settings)
+    fields |= {"model": context.place.model, "method": method.pop("name"), "method_settings": method}
+    if fields["edits"] != BUILT_IN:
+        fields["edits"] = context.place.located(fields["edits"])
+    edits = EditJob(**fields)
     reference, drift = drift_reference(context, settings), None
 
     def edited(number: int, editor: Editor) -> None:
         nonlocal drift
-        if number == len(asked.groups):
+        if number == len(edits.groups):
             drift = drift_of(editor.model, reference, editor.off)
 
-    found = asked.run(*context.model(), on_edited=edited)
-    seconds = found.pop("seconds")
-    found = json.loads(json.dumps(found), object_hook=lambda part: {k: v for k, v in part.items() if k not in TEXTS})
-    return _rounded({**found, "drift": drift}), {"edit_seconds": seconds}
+    record = edits.run(*context.model(), on_edited=edited)
+    seconds = record.pop("seconds")
+    record = json.loads(json.dumps(record), object_hook=lambda part: {k: v for k, v in part.items() if k not in TEXTS})
+    return _rounded({**record, "drift": drift}), {"edit_seconds": seconds}
 
 
 def probe(context: Context, job: Job, settings: Settings) -> Found:
     """Probe the base direction by direction, as `ProbeSettings` says, on `texts`, name to source."""
-    asked = ProbeSettings(**{**_given(ProbeSettings, settings), "model": context.place.model})
-    reference = context.reference(settings["texts"], asked.tokens, WINDOW)
-    rows = probe_model(context.model()[0], reference, asked)
+    probed = ProbeSettings(**{**_fields_of(ProbeSettings, settings), "model": context.place.model})
+    reference = context.reference(settings["texts"], probed.tokens, WINDOW)
+    rows = probe_model(context.model()[0], reference, probed)
     modules = list(dict.fromkeys(row["module"] for row in rows))
-    return {"modules": modules, "records": _rounded(rows), "correlations": findings(rows, asked.seed)}, {}
+    return {"modules": modules, "records": _rounded(rows), "correlations": findings(rows, probed.seed)}, {}
 
 
-def _given(block: type, settings: Settings) -> dict[str, Any]:
+def _fields_of(block: type, settings: Settings) -> dict[str, Any]:
     """Return those of a job's settings that are fields of a dataclass."""
     return {field.name: settings[field.name] for field in fields(block) if field.name in settings}
 

@@ -1,4 +1,4 @@
-"""Where a study is, and keeps its results: one JSON file a job, named by its key, and a lock while the job runs.
+"""The folder of a study's results: one JSON file a job, named by its key, and a lock while the job runs.
 
 results/KEY.json     a finished job's record
 artifacts/KEY/       what later jobs read (an adapter), complete if it has the file .complete
@@ -45,22 +45,22 @@ class Store:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self._kept: dict[str, dict[str, Any]] = {}
+        self._records: dict[str, dict[str, Any]] = {}  # those that were read, by key
 
     def record(self, job: Job) -> dict[str, Any] | None:
         """Return a finished job's record; None if it is not finished."""
-        if job.key not in self._kept:
+        if job.key not in self._records:
             path = self._file("results", job.key)
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                if not isinstance(found, dict) or not isinstance(found.get("result"), dict):
+                record = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(record, dict) or not isinstance(record.get("result"), dict):
                     raise ValueError("not a record of a job")
-                self._kept[job.key] = found
+                self._records[job.key] = record
             except FileNotFoundError:
                 return None
             except (ValueError, RecursionError) as error:
                 raise HipLoraError(f"{path}: damaged ({error}); remove the file to run the job again") from None
-        return self._kept[job.key]
+        return self._records[job.key]
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """Return a finished job's result; None if it is not finished."""
@@ -73,15 +73,15 @@ class Store:
 
     def finished(self, job: Job) -> bool:
         """Whether a job's result is stored."""
-        return job.key in self._kept or self._file("results", job.key).is_file()
+        return job.key in self._records or self._file("results", job.key).is_file()
 
     def readable(self, job: Job) -> bool:
         """Whether later jobs can read all that a job leaves: its result, and its artifact if it makes one."""
-        whole = not KINDS[job.kind].makes or (self.artifact(job) / ".complete").is_file()
-        return self.finished(job) and (whole or self.diverged(job) is not None)
+        has_artifact = not KINDS[job.kind].makes or (self.artifact(job) / ".complete").is_file()
+        return self.finished(job) and (has_artifact or self.diverged(job) is not None)
 
     def artifact(self, job: Job) -> Path:
-        """Return the folder with what a job makes for others."""
+        """Return the folder with what a job makes for later ones."""
         return self.path / "artifacts" / job.key
 
     def finish(self, job: Job, result: Mapping[str, Any], timing: Mapping[str, Any], artifact: bool) -> None:
@@ -101,12 +101,15 @@ class Store:
 
     def fail(self, job: Job, error: BaseException) -> None:
         """Store why a job failed."""
-        told = {"name": job.name, "error": str(error) or type(error).__name__}
-        told["traceback"] = "".join(traceback.format_exception(error))
-        write_atomic(self._file("failures", job.key), json.dumps(told, indent=1))
+        failure = {
+            "name": job.name,
+            "error": str(error) or type(error).__name__,
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        write_atomic(self._file("failures", job.key), json.dumps(failure, indent=1))
 
     def failure(self, job: Job) -> dict[str, Any] | None:
-        """Return a failed job's `error` and `traceback`; None if it did not fail, or nobody knows why."""
+        """Return a failed job's `error` and `traceback`; None if it did not fail, or the reason cannot be read."""
         try:
             return json.loads(self._file("failures", job.key).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -117,20 +120,20 @@ class Store:
         """Hold a job's lock inside the block; yields False, at once, if another process holds it."""
         path = self._lock(job)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as stack:
             try:
-                held.enter_context(file_lock(path, timeout=0))
-                mine = True
+                stack.enter_context(file_lock(path, timeout=0))
+                claimed = True
             except Timeout:
-                mine = False
-            yield mine
+                claimed = False
+            yield claimed
 
     def at_work(self, job: Job) -> bool:
         """Whether a process holds a job's lock now."""
         if not self._lock(job).exists():
             return False
-        with self.claimed(job) as mine:
-            return not mine
+        with self.claimed(job) as claimed:
+            return not claimed
 
     @contextlib.contextmanager
     def slot(self, exclusive: bool) -> Iterator[None]:
@@ -144,12 +147,12 @@ class Store:
         try:
             raw = path.read_bytes()
             lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().splitlines()
-            taken = {self._file("results", _checked_key(json.loads(line))): line for line in lines if line}
+            records = {self._file("results", _checked_key(json.loads(line))): line for line in lines if line}
         except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
             raise ConfigError(
                 f"--reuse {path}: cannot be read ({error}); expected the records.jsonl.gz of a study's report"
             ) from None
-        new = {file: line for file, line in taken.items() if not file.exists()}
+        new = {file: line for file, line in records.items() if not file.exists()}
         for file, line in new.items():
             write_atomic(file, line)
         return len(new)
@@ -163,18 +166,18 @@ class Store:
     def unfinished(self, graph: Graph) -> dict[Job, bool]:
         """Return the jobs that are left to do, in the graph's order, and whether each can start.
 
-        A finished job, of a reused record, is done again only if an unfinished one needs its artifact. Jobs no wanted
-        result depends on are not done.
+        A finished job, of a reused record, is done again only if an unfinished one needs its artifact. Jobs on which no
+        wanted result depends are not done.
         """
-        open_jobs = [job for job in graph.wanted if not self.finished(job)]
-        left: set[Job] = set()
-        while open_jobs:
-            job = open_jobs.pop()
-            if job not in left:
-                left.add(job)
-                present = self.readable if KINDS[job.kind].reads else self.finished
-                open_jobs += [need for need in job.needs.values() if not present(need)]
-        return {job: left.isdisjoint(job.needs.values()) for job in graph if job in left}
+        pending = [job for job in graph.wanted if not self.finished(job)]
+        unfinished: set[Job] = set()
+        while pending:
+            job = pending.pop()
+            if job not in unfinished:
+                unfinished.add(job)
+                is_present = self.readable if KINDS[job.kind].reads else self.finished
+                pending += [need for need in job.needs.values() if not is_present(need)]
+        return {job: unfinished.isdisjoint(job.needs.values()) for job in graph if job in unfinished}
 
     def _file(self, folder: str, key: str) -> Path:
         return self.path / folder / f"{key}.json"

@@ -4,8 +4,9 @@ import html
 import re
 
 import pandas as pd
+import pytest
 
-from hiplora.reporting import plots, save_table
+from hiplora.reporting import formatted, plots, save_table
 from hiplora.reporting.html import Section, save_page
 
 TABLE = pd.DataFrame({"method": ["LoRA", "HiP-LoRA"], "drift": [0.123456, 0.01]})
@@ -41,6 +42,13 @@ def test_differences_are_marked_an_equal_answer_is_said_to_be_the_same_and_text_
         "HiP-LoRA": "no\n  <mark>&lt;b&gt;</mark>",
         "shorter": "no",
     }
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.123456, "0.123"), (9.999, "10.0"), (99.97, "100"), (-99.97, "-100"), (1234.5, "1,234")]
+)
+def test_numbers_have_three_digits_and_no_point_at_their_end(value, text):
+    assert formatted(pd.DataFrame({"drift": [value]})).iloc[0, 0] == text
 
 
 def test_a_table_is_saved_as_csv_with_full_values_markdown_and_escaped_latex(tmp_path):

@@ -45,3 +45,16 @@ def test_each_method_has_its_look_and_error_bars_from_low_to_high():
     assert names == ["LoRA", "mine", "yours"]
     assert drawn[0] == plots.look("LoRA")["color"]
     assert len(set(drawn)) == 3
+
+
+@pytest.mark.parametrize(("plot", "group"), [(plots.lines, "line"), (plots.scatter, "group")])
+def test_a_method_looks_the_same_in_every_panel_and_is_in_the_legend_though_the_first_lacks_it(plot, group):
+    rows = ROWS[ROWS.method != "LoRA"]  # `mine` alone in the first panel, `yours` alone in the second
+    figure = plots.facets(pd.concat([rows, ROWS[:1]]), "task", plot, x="loss", y="drift", **{group: "method"})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mine", "LoRA", "yours"]
+    colors = {}
+    for ax in figure.axes:
+        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+            drawn = handle.lines[0].get_color() if plot is plots.lines else handle.get_facecolor()[0]
+            colors[name] = to_hex(drawn)
+    assert len(set(colors.values())) == 3

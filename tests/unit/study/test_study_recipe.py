@@ -98,6 +98,7 @@ def test_a_circle_of_recipes_is_refused(tmp_path):
         ("model: pico", "model: pico\nseeds: [1, 1]", "`seeds`"),
         ("methods: [lora]", "methods: [lara]", "`protocols.single_task.methods` names 'lara'; expected one of lora"),
         ("methods:\n", "methods:\n  other: {title: LoRA, method: lora}\n", "`methods`: two have the title 'LoRA'"),
+        (SINGLE, "rank_one: {bases: [weight, weight]}", "`bases` lists a value twice"),
         (SINGLE, "ablations: {method: lora}", "`protocols.ablations.method` is 'lora', which has no gains"),
         (SINGLE, "merge_fail: {methods: [lora], sizes: [2]}", "has 2, and there are 1 domains"),
         (SINGLE, "continual: {methods: [lora]}", "`protocols.continual` needs two or more domains"),

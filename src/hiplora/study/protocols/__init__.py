@@ -44,35 +44,36 @@ class Protocols(Block):
 
 
 def sections(study: Study) -> list[Findings]:
-    """Return what each protocol found; the verdicts on the paper's claims, which read the others, come first."""
+    """Return each protocol's findings; the verdicts on the paper's claims, which read the others, come first."""
     found: list[Findings] = []
     for field, settings in study.recipe.protocols:
         if settings is not None:
-            one = settings.judge(study, found) if isinstance(settings, Claims) else _section(study, settings)
-            one.name, one.title = field.replace("_", "-"), str(Protocols.model_fields[field].description)
-            one.tables = {f"{one.name}-{stem}".rstrip("-"): value for stem, value in one.tables.items()}
-            one.figures = {f"{one.name}-{stem}".rstrip("-"): value for stem, value in one.figures.items()}
-            found.append(one)
-    return sorted(found, key=lambda one: one.name != "claims")
+            section = settings.judge(study, found) if isinstance(settings, Claims) else _section(study, settings)
+            section.name, section.title = field.replace("_", "-"), str(Protocols.model_fields[field].description)
+            section.tables = {f"{section.name}-{name}".rstrip("-"): value for name, value in section.tables.items()}
+            section.figures = {f"{section.name}-{name}".rstrip("-"): value for name, value in section.figures.items()}
+            found.append(section)
+    return sorted(found, key=lambda section: section.name != "claims")
 
 
 def _section(study: Study, settings: Protocol) -> Findings:
-    """What a protocol found. Runs that are equal in the labels `whole` are left out where one of them is not done."""
+    """A protocol's findings. Runs that are equal in the labels `whole` are left out if one of them is not done."""
 
     def group(labels: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(labels.get(name, "") for name in settings.whole)
 
-    runs, stored = settings.runs(study), study.store.record
-    records = {job: stored(job.needs.get("adapter", job)) and stored(job) for job, _ in runs}  # trainings are read too
-    known = {job: record for job, record in records.items() if record and DIVERGED not in record["result"]}
-    waiting = {group(labels) for job, labels in runs if job not in known}
-    done = [(job, known[job], labels) for job, labels in runs if group(labels) not in waiting]
-    asked, ready = ({labels.get("method") for *_, labels in some} for some in (runs, done))
-    found = Findings()
-    if ready - {BASE} and (BASE in ready or BASE not in asked):  # nothing is compared without the base
-        found = settings.tables(study, done)
-    found.missing = [job.name for job, record in records.items() if record is None]
-    if lost := [job.name for job, record in records.items() if record and job not in known]:
-        named = "; ".join(lost[:12]) + (" …" if len(lost) > 12 else "")
-        found.text += f"\n\n{len(lost)} jobs diverged in training, there are no results: {named}."
-    return found
+    runs, record_of = settings.runs(study), study.store.record
+    # The trainings of adapters are read too.
+    records = {job: record_of(job.needs.get("adapter", job)) and record_of(job) for job, _ in runs}
+    usable = {job: record for job, record in records.items() if record and DIVERGED not in record["result"]}
+    incomplete = {group(labels) for job, labels in runs if job not in usable}
+    done = [(job, usable[job], labels) for job, labels in runs if group(labels) not in incomplete]
+    requested, ready = ({labels.get("method") for *_, labels in some} for some in (runs, done))
+    findings = Findings()
+    if ready - {BASE} and (BASE in ready or BASE not in requested):  # nothing is compared without the base
+        findings = settings.tables(study, done)
+    findings.missing = [job.name for job, record in records.items() if record is None]
+    if diverged := [job.name for job, record in records.items() if record and job not in usable]:
+        names = "; ".join(diverged[:12]) + (" …" if len(diverged) > 12 else "")
+        findings.text += f"\n\n{len(diverged)} jobs diverged in training, there are no results: {names}."
+    return findings

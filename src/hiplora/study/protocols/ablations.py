@@ -37,49 +37,49 @@ class Ablations(Protocol):
 
         Inspections look at the protected directions themselves, which lead the spectrum in the weight's basis alone.
         """
-        like, rows, drawn = study.row(self.method), self.variants(study), self._drawn(study)
-        found = score_runs(study, rows, study.seeds(self), self._domains(study), like)
-        scores = found[1:]
+        full, rows, drawn = study.row(self.method), self.variants(study), self._drawn(study)
+        runs = score_runs(study, rows, study.seeds(self), self._domains(study), full)
+        _, *scores = runs  # but for the base
         if self.merge and len(self._domains(study)) > 1:
-            found += merge_runs(study, {RULE: {}}, rows, drawn, like=like)
-        rank = like.method.principal_rank
-        if like.method.basis == "weight" and isinstance(rank, int):
-            found += [(study.inspect(score.needs["adapter"], rank), labels) for score, labels in scores]
-        return found
+            runs += merge_runs(study, {RULE: {}}, rows, drawn, like=full)
+        rank = full.method.principal_rank
+        if full.method.basis == "weight" and isinstance(rank, int):
+            runs += [(study.inspect(score.needs["adapter"], rank), labels) for score, labels in scores]
+        return runs
 
     def tables(self, study: Study, done: Done) -> Findings:
         """Return scores, Retain, MergeFail and losses in both forms, and the training curves."""
-        inspections = [one for one in done if one[0].kind == "inspect"]
-        merges = [one for one in done if "rule" in one[2]]
-        scores = [one for one in done if one[0].kind == "evaluate" and "rule" not in one[2]]
+        inspections = [run for run in done if run[0].kind == "inspect"]
+        merges = [run for run in done if "rule" in run[2]]
+        scores = [run for run in done if run[0].kind == "evaluate" and "rule" not in run[2]]
         numbers, trained = scores_and_retain(study, tidy(scores)), tidy(trainings(study, scores))
         numbers = numbers[numbers.method != BASE]
         parts = [numbers]
         if merges:
             failed = failures(study, tidy(merges), self._drawn(study), [self.tau])
             parts.append(failed[failed["size"] == "all"].assign(rule=RULE))
-        found = Findings(joined(*parts, *_losses(trained, study.row(self.method).title), *_inspected(inspections)))
+        findings = Findings(joined(*parts, *_losses(trained, study.row(self.method).title), *_inspected(inspections)))
         looks = pd.DataFrame.from_dict(SHOWN, orient="index", columns=["column", "digits"])
-        others = found.measured[found.measured.metric.isin(SHOWN)].join(looks, on="metric")
+        others = findings.measured[findings.measured.metric.isin(SHOWN)].join(looks, on="metric")
         for form in FORMS.values():
             shown = with_columns(study, numbers[numbers.form == form], self._domains(study), "Downstream")
             rows = others[others.form.isna() | (others.form == form)].assign(form=form)
             caption, wide = f"Ablations: {form}", table(joined(shown.assign(digits=1), rows), paper="ablations")
-            found.tables[form] = caption, wide
+            findings.tables[form] = caption, wide
         curves = trained[trained.metric == "loss"].groupby(["method", "item"], sort=False)["value"].mean()
         figure = plots.lines(
             curves.dropna().reset_index(), "item", "value", "method", markers=False,
             xlabel="optimizer step", ylabel="training loss (nats a token)",
         )  # fmt: skip
         caption = "Training with and without each part, mean over domains and seeds"
-        found.figures["dynamics"] = caption, figure
-        found.text = (
+        findings.figures["dynamics"] = caption, figure
+        findings.text = (
             f"MergeFail: merges by addition, one a seed, in which a task keeps less than τ = {self.tau:g} of its "
             "score. Leak: share of the update's energy that is on one protected side only, which gains cannot cause. "
             "All variants train at the full method's learning rate. Zero init trains the gains only: with both "
             "low-rank factors at zero, the gradient of each is zero."
         )
-        return found
+        return findings
 
     def variants(self, study: Study) -> list[Any]:
         """Return the full method, and it without each of its parts."""
@@ -114,16 +114,17 @@ def _losses(trained: pd.DataFrame, full: str) -> Iterator[pd.DataFrame]:
     yield measured(held_out, "held-out loss", "nats/token")
     means = losses.loss.unstack("seed")
     if full in means.index and len(means.columns) > 1:
-        apart = (means - means.loc[full]).drop(index=full).stack()
-        yield measured(student(apart), "training loss difference", "nats/token", minus=full)
+        differences = (means - means.loc[full]).drop(index=full).stack()
+        yield measured(student(differences), "training loss difference", "nats/token", minus=full)
 
 
 def _inspected(inspections: Done) -> Iterator[pd.DataFrame]:
-    """The mean share of the energy that reads or writes protected directions but not both, and how far gains moved."""
+    """The mean share of the energy that reads or writes protected directions but not both, and the gains' change."""
     if not inspections:
         return
-    parts = [pd.DataFrame(one["result"]["modules"]).assign(run=job.key, **label) for job, one, label in inspections]
-    modules = pd.concat(parts)
+    modules = pd.concat(
+        pd.DataFrame(record["result"]["modules"]).assign(run=job.key, **labels) for job, record, labels in inspections
+    )
     leak = (modules.left + modules.right - 2 * modules.both).clip(lower=0)
     modules = modules.assign(energy=modules.norm**2, leaked=leak * modules.norm**2)
     energy = modules.groupby(["method", "run"], sort=False)[["leaked", "energy"]].sum()

@@ -21,45 +21,47 @@ class Allocation(OfMethods):
 
     def runs(self, study: Study) -> list[Run]:
         """Look at the adapters of every method and domain, of the first seed."""
-        found: list[Run] = []
+        runs: list[Run] = []
         for row in map(study.row, self.methods):
             label = {"method": row.title, "has_gains": getattr(row.method, "principal_channel", False)}
             for domain in self.domains or study.recipe.domains:
                 job = study.inspect(study.adapter(row, domain, study.seeds(self)[0]), self.rank)
-                found.append((job, {**label, "domain": domain}))
-        return found
+                runs.append((job, {**label, "domain": domain}))
+        return runs
 
     def tables(self, study: Study, done: Done) -> Findings:
         """Return the energy inside and how gains follow σ; the gains over σ, by module type."""
         results = [(record["result"], labels) for _, record, labels in done]
-        modules = pd.concat([pd.DataFrame(one["modules"]).assign(**labels) for one, labels in results])
-        energies = [(pd.Series(one["energy_inside"], name="value"), labels) for one, labels in results]
-        energy = pd.concat([one.rename_axis("type").reset_index().assign(**labels) for one, labels in energies])
+        modules = pd.concat(pd.DataFrame(result["modules"]).assign(**labels) for result, labels in results)
+        energy = pd.concat(
+            pd.Series(result["energy_inside"], name="value").rename_axis("type").reset_index().assign(**labels)
+            for result, labels in results
+        )
         means = 100 * energy.groupby(BY, sort=False)["value"].mean().rename("estimate")
         inside = measured(means, "energy inside", "%", low=np.nan, high=np.nan)
-        moved = modules[modules.has_gains]
-        moved = pd.concat([moved.assign(type=ALL), moved])
-        followed = joined(_follows(moved), relative_gains(moved))
+        with_gains = modules[modules.has_gains]
+        with_gains = pd.concat([with_gains.assign(type=ALL), with_gains])
+        gains = joined(_gain_correlations(with_gains), relative_gains(with_gains))
         caption = "Energy inside the principal subspaces, %"
-        found = Findings(joined(inside, followed).assign(rank=self.rank))
-        found.tables["energy"] = caption, _table(inside, 2)
-        if len(followed):
-            shown = followed.assign(method=followed.method + ", " + followed.metric)
-            found.tables["gains"] = "How gains follow the spectrum", _table(shown, 3)
-        points = _directions(moved[moved.type != ALL])
+        findings = Findings(joined(inside, gains).assign(rank=self.rank))
+        findings.tables["energy"] = caption, _table(inside, 2)
+        if len(gains):
+            shown = gains.assign(method=gains.method + ", " + gains.metric)
+            findings.tables["gains"] = "How gains follow the spectrum", _table(shown, 3)
+        points = _directions(with_gains[with_gains.type != ALL])
         if (points.gain > 0).any():
             figure = plots.facets(
                 points[points.gain > 0], "type", plots.scatter, x="sigma", y="gain", group="method",
                 logx=True, logy=True, xlabel="σ of the base weight", ylabel="|δ|",
             )  # fmt: skip
-            found.figures["sigma"] = "How far each gain moved, over σ; first seed", figure
-        found.text = (
+            findings.figures["sigma"] = "How far each gain moved, over σ; first seed", figure
+        findings.text = (
             f"Energy: share of ‖ΔW‖² that reads and writes the {self.rank} leading singular directions of the base "
             "weight, mean over domains, first seed. Gain correlation: Spearman's, of |δ| with σ among the directions "
             "of a module, mean over modules and domains with a 95 % interval over both. Median relative gain: median "
             "of |δ| / σ, in per cent."
         )
-        return found
+        return findings
 
 
 def relative_gains(modules: pd.DataFrame) -> pd.DataFrame:
@@ -77,10 +79,10 @@ def _directions(modules: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(sigma=rows.sigma.astype(float), gain=rows.gains.astype(float).abs())
 
 
-def _follows(modules: pd.DataFrame) -> pd.DataFrame:
+def _gain_correlations(modules: pd.DataFrame) -> pd.DataFrame:
     """The mean over modules and domains of Spearman's correlation of |δ| with σ, where neither is constant."""
     groups = _directions(modules).groupby([*BY, "module", "domain"], sort=False)[["gain", "sigma"]]
-    values = {label: one.gain.corr(one.sigma, "spearman") for label, one in groups if one.nunique().min() > 1}
+    values = {label: rows.gain.corr(rows.sigma, "spearman") for label, rows in groups if rows.nunique().min() > 1}
     if not values:
         return pd.DataFrame()
     rows = pd.Series(values).rename_axis([*BY, "module", "domain"]).rename("value").reset_index()

@@ -43,7 +43,8 @@ class Claims(Protocol):
 
     def judge(self, study: Study, found: Sequence[Findings]) -> Findings:
         """Return a row for every claim and form, with the measured effect and the verdict; and claims.json."""
-        numbers = joined(*(one.measured.assign(section=one.name) for one in found), columns=["metric", "method"])
+        parts = (findings.measured.assign(section=findings.name) for findings in found)
+        numbers = joined(*parts, columns=["metric", "method"])
         rows = pd.DataFrame(list(self._checked(study, numbers)))
         rows["p"] = holm(rows.p.where(~rows.still))
         verdicts = {
@@ -54,12 +55,12 @@ class Claims(Protocol):
         }
         rows["verdict"] = np.select(list(verdicts.values()), list(verdicts), "not supported")
         rows["as_large"] = rows.as_large.where(~rows.still, "–")
-        told: dict[str, dict[str, Any]] = {}
-        kept = ["verdict", "estimate", "low", "high", "p", "unit", "paper_effect", "as_large"]
+        claims: dict[str, dict[str, Any]] = {}
+        reported = ["verdict", "estimate", "low", "high", "p", "unit", "paper_effect", "as_large"]
         for row in rows.astype(object).where(rows.notna(), None).to_dict("records"):
-            entry = told.setdefault(row["name"], {"says": row["says"], "paper": row["paper"]})
-            entry[row["form"] or "measured"] = {key: row[key] for key in kept}
-        file = json.dumps({"claims": told, "provenance": provenance()}, indent=1, ensure_ascii=False) + "\n"
+            entry = claims.setdefault(row["name"], {"says": row["says"], "paper": row["paper"]})
+            entry[row["form"] or "measured"] = {key: row[key] for key in reported}
+        file = json.dumps({"claims": claims, "provenance": provenance()}, indent=1, ensure_ascii=False) + "\n"
         rows["effect"] = [
             interval(r.estimate, r.low, r.high, 4 if r.unit == "nats/token" else 2) for r in rows.itertuples()
         ]
@@ -78,41 +79,41 @@ class Claims(Protocol):
         """Every claim that the study's methods allow to check, in each of its forms."""
         roles = {name: getattr(self, name) for name in Claims.model_fields}
         gain = {"metric": "median relative gain", "method": study.row(self.hiplora).title, "type": "all"}
-        moved = _first(numbers, section="allocation", **gain) or _first(numbers, section="ablations", **gain)
-        still = bool(moved) and moved["estimate"] < MOVED
+        gains = _first(numbers, section="allocation", **gain) or _first(numbers, section="ablations", **gain)
+        still = bool(gains) and gains["estimate"] < MOVED
         for name, claim in paper()["claims"].items():
-            named = {key: claim[key] for key in ("method", "minus", "over") if key in claim}
-            if any(roles.get(role, "") is None for role in named.values()):
+            methods = {key: claim[key] for key in ("method", "minus", "over") if key in claim}
+            if any(roles.get(role, "") is None for role in methods.values()):
                 continue
-            wanted = {key: study.row(roles[role]).title if role in roles else role for key, role in named.items()}
-            wanted |= {"section": claim["section"], "metric": claim["metric"], **claim.get("setting", {})}
-            of_gains = still and claim.get("of_gains", False)
+            labels = {key: study.row(roles[role]).title if role in roles else role for key, role in methods.items()}
+            labels |= {"section": claim["section"], "metric": claim["metric"], **claim.get("setting", {})}
+            unmoved = still and claim.get("of_gains", False)
             for form in FORMS.values() if claim.get("scored", True) else ("",):
-                row = _first(numbers, **wanted, **({"form": form} if form else {}))
-                yield {"name": name, "form": form, "still": of_gains, **_compared(claim, row)}
+                row = _first(numbers, **labels, **({"form": form} if form else {}))
+                yield {"name": name, "form": form, "still": unmoved, **_compared(claim, row)}
 
 
 def holm(p_values: pd.Series) -> pd.Series:
-    """Return p-values corrected for their number by Holm's method; those that are nan stay so and do not count."""
-    known = p_values.sort_values(kind="stable").dropna()
-    return (known * np.arange(len(known), 0, -1)).clip(upper=1.0).cummax().reindex(p_values.index)
+    """Return p-values corrected for their number by Holm's method; NaN stays NaN and does not count."""
+    ascending = p_values.sort_values(kind="stable").dropna()
+    return (ascending * np.arange(len(ascending), 0, -1)).clip(upper=1.0).cummax().reindex(p_values.index)
 
 
-def _first(numbers: pd.DataFrame, **wanted: Any) -> dict[str, Any]:
-    """The first measurement that has all the labels; nothing, if there is none."""
-    rows = numbers.reindex(columns=list(wanted))
-    fits = (rows == pd.Series(wanted)).all(axis=1)
+def _first(numbers: pd.DataFrame, **labels: Any) -> dict[str, Any]:
+    """The first measurement that has all the labels; empty if there is none."""
+    rows = numbers.reindex(columns=list(labels))
+    fits = (rows == pd.Series(labels)).all(axis=1)
     return numbers[fits].iloc[0].to_dict() if fits.any() else {}
 
 
 def _compared(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """A claim's measurement: on which side it lies, the p-value that its interval implies, the paper's effect."""
     above, size = claim["claimed"] == "above", claim.get("size")
-    none = claim.get("none", 0.0) + claim.get("margin", 0.0) * (-1 if above else 1)
-    known = [row.get(name) for name in ("estimate", "low", "high")]
-    estimate, low, high = (math.nan if value is None else float(value) for value in known)
-    reach = estimate - low if estimate > none else high - estimate  # to the interval's end that is nearer to none
-    distance, seeds = abs(estimate - none), row.get("seeds") or 0
+    no_effect = claim.get("none", 0.0) + claim.get("margin", 0.0) * (-1 if above else 1)
+    values = [row.get(name) for name in ("estimate", "low", "high")]
+    estimate, low, high = (math.nan if value is None else float(value) for value in values)
+    reach = estimate - low if estimate > no_effect else high - estimate  # to the interval's end nearer to no effect
+    distance, seeds = abs(estimate - no_effect), row.get("seeds") or 0
     test, width = stats.norm(), 1.96
     if seeds >= SEEDS:  # the interval is Student's
         test = stats.t(seeds - 1)
@@ -125,7 +126,7 @@ def _compared(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any
         "low": low,
         "high": high,
         "p": float(2 * test.sf(width * distance / reach)) if reach else float(distance == 0),
-        "as_claimed": (estimate > none) == above,
+        "as_claimed": (estimate > no_effect) == above,
         "paper_effect": size,
         "as_large": {None: "–", True: "excluded", False: "possible"}[excluded],
     }

@@ -32,7 +32,7 @@ class Continual(OfMethods):
 
     def runs(self, study: Study) -> list[Run]:
         """Score the base, and every stage of every method and seed on the tasks of all domains."""
-        found: list[Run] = [(study.score(), {"method": BASE, "stage": 0})]
+        runs: list[Run] = [(study.score(), {"method": BASE, "stage": 0})]
         for row in map(study.row, self.methods):
             for seed in study.seeds(self):
                 for name, order in self._orders(study).items():
@@ -40,8 +40,8 @@ class Continual(OfMethods):
                     for stage, domain in enumerate(order, 1):
                         adapter = study.adapter(row, domain, seed, start=adapter, widen=self.widen)
                         label = {"method": row.title, "seed": seed, "order": name, "stage": stage}
-                        found.append((study.score(adapter), label))
-        return found
+                        runs.append((study.score(adapter), label))
+        return runs
 
     def tables(self, study: Study, done: Done) -> Findings:
         """Return the paper's numbers in both forms, every task after every stage, and the drift after the last."""
@@ -57,8 +57,8 @@ class Continual(OfMethods):
             for stage, domain in enumerate(order, 1)
         }
         scores = numbers[numbers.metric == "score"]
-        told = [after.get(at, "") for at in zip(scores.order, scores.stage, strict=True)]
-        scores = scores.assign(row=scores.method + told, column=scores.domain.map(titles))
+        suffixes = [after.get(key, "") for key in zip(scores.order, scores.stage, strict=True)]
+        scores = scores.assign(row=scores.method + suffixes, column=scores.domain.map(titles))
         tables |= by_form("Every task after every stage, %", scores, "row", stem="stages")
         tables["drift"] = drift_table(moved, "Drift after all stages")
         text = (
@@ -68,15 +68,15 @@ class Continual(OfMethods):
         return Findings(joined(numbers, moved), tables, text=text)
 
     def _orders(self, study: Study) -> dict[str, list[str]]:
-        """The orders of the domains by name; one alone has none."""
+        """The orders of the domains by name; a single one has no name."""
         orders = self.orders or [list(study.recipe.domains)]
-        return {f"order {place}" if len(orders) > 1 else "": order for place, order in enumerate(orders, 1)}
+        return {f"order {number}" if len(orders) > 1 else "": order for number, order in enumerate(orders, 1)}
 
     def _measured(self, study: Study, records: pd.DataFrame) -> pd.DataFrame:
         """Scores after each stage, and the paper's numbers: of each order, where there are several, and their means."""
         orders = self._orders(study)
-        named = next(iter(orders.values()))
-        tasks = {task: domain for task, domain in study.tasks.items() if domain in named}
+        domains = next(iter(orders.values()))
+        tasks = {task: domain for task, domain in study.tasks.items() if domain in domains}
         draws = replicates(scored(records, tasks, "domain"), ["form", "method", "seed", "order", "stage", "domain"])
         is_base = draws.index.get_level_values("method") == BASE
         base = averaged(draws[is_base], ["domain", "stage", "order"])
@@ -88,14 +88,14 @@ class Continual(OfMethods):
         for metric, function in CONTINUAL.items():
             values = {}
             for label, rows in draws[~is_base].groupby(level=by, sort=False):
-                matrix = pd.MultiIndex.from_product([range(1, len(named) + 1), orders[label[-1]]])
-                cells = rows.droplevel(by).reindex(matrix).to_numpy().reshape(len(named), len(named), -1)
+                matrix = pd.MultiIndex.from_product([range(1, len(domains) + 1), orders[label[-1]]])
+                cells = rows.droplevel(by).reindex(matrix).to_numpy().reshape(len(domains), len(domains), -1)
                 values[label] = function(cells)
-            found = pd.DataFrame(values.values(), pd.MultiIndex.from_tuples(values, names=by))
-            means, unit = averaged(found, ["order"]), "%" if "accuracy" in metric else "pp"
+            by_order = pd.DataFrame(values.values(), pd.MultiIndex.from_tuples(values, names=by))
+            means, unit = averaged(by_order, ["order"]), "%" if "accuracy" in metric else "pp"
             parts.append(with_differences(means, metric, unit).assign(order=""))
             if len(orders) > 1:
-                parts.append(with_differences(found, metric, unit))
+                parts.append(with_differences(by_order, metric, unit))
             if metric == "forgetting":
                 over = summary(differences(averaged(means, ["seed"]), ratio=True)).rename_axis(index={"minus": "over"})
                 parts.append(measured(over, "forgetting ratio", "ratio", seeds=len(study.seeds(self)), order=""))

@@ -42,7 +42,7 @@ class CostTable(OfMethods):
         numbers = joined(pd.DataFrame(list(self._measured(study, done))), columns=BOUNDS).dropna(subset="estimate")
         looks = pd.DataFrame.from_dict(SHOWN, orient="index", columns=["column", "scale", "digits"])
         shown = looks.join(numbers.set_index("metric"), how="inner")
-        shown["column"] = shown.column.map(lambda one: one.format(study.row(self.methods[0]).title))
+        shown["column"] = [column.format(study.row(self.methods[0]).title) for column in shown.column]
         shown[BOUNDS] = shown[BOUNDS].astype(float).div(shown.scale, axis=0)
         machines = "; ".join(sorted(numbers.machine.unique()))
         text = (
@@ -52,26 +52,26 @@ class CostTable(OfMethods):
         )
         return Findings(numbers, {"table": ("Cost", table(shown, paper="cost"))}, text=text)
 
-    def _speed(self, study: Study, row: Any, time: int) -> Job:
+    def _speed(self, study: Study, row: Any, repeat: int) -> Job:
         """The job that times a method, the n-th time: its training at the study's rate, which changes no time."""
         trained = study.adapter(row, self.domain, study.seeds(self)[0], lr=study.recipe.train.lr)
-        asked = {name: trained.settings[name] for name in ("recipe", "files")}
-        asked |= {"warmup": self.warmup, "steps": self.steps} | ({"repeat": time} if time else {})
+        settings = {name: trained.settings[name] for name in ("recipe", "files")}
+        settings |= {"warmup": self.warmup, "steps": self.steps} | ({"repeat": repeat} if repeat else {})
         needs = {name: job for name, job in trained.needs.items() if name == "factors"}
-        again = f", time {time + 1}" if time else ""
-        return study.job("speed", f"time {row.title}{again}", asked, **needs)
+        suffix = f", time {repeat + 1}" if repeat else ""
+        return study.job("speed", f"time {row.title}{suffix}", settings, **needs)
 
     def _measured(self, study: Study, done: Done) -> Iterator[dict[str, Any]]:
         """Speeds in tokens per second, peak memory in bytes, both beside the first method's, and the factors."""
         reference, speeds = study.row(self.methods[0]).title, {}
         for title in dict.fromkeys(labels["method"] for *_, labels in done):
-            own = [(job, record) for job, record, labels in done if labels["method"] == title]
-            timed = [record for job, record in own if job.kind == "speed"]
+            records = [(job, record) for job, record, labels in done if labels["method"] == title]
+            timed = [record for job, record in records if job.kind == "speed"]
             times = pd.DataFrame([record["timing"] for record in timed])
             machine = timed[0]["provenance"].get("machine", {})
-            told = [times.gpu[0], f"{machine.get('processor')}, {machine.get('cores')} cores"]
+            parts = [times.gpu[0], f"{machine.get('processor')}, {machine.get('cores')} cores"]
             speed, memory = speeds[title] = times.tokens_per_second, times.peak_memory_bytes.astype(float).max()
-            label = {"method": title, "machine": ", ".join(filter(None, told))}
+            label = {"method": title, "machine": ", ".join(filter(None, parts))}
             yield {**label, "metric": "throughput", "estimate": speed.mean(), "unit": "tokens/s"}
             yield {**label, "metric": "peak memory", "estimate": memory, "unit": "bytes"}
             if reference in speeds:
@@ -80,7 +80,8 @@ class CostTable(OfMethods):
                 over = {**label, "over": reference, "unit": "ratio"}
                 yield {**over, "metric": "throughput ratio", **ratio[BOUNDS]}
                 yield {**over, "metric": "peak memory ratio", "estimate": memory / speeds[reference][1]}
-            for made, timing in ((one["result"], one["timing"]) for job, one in own if job.kind == "factorize"):
-                if not timing["reused"]:  # from the cache they cost nothing
-                    yield {**label, "metric": "factors", "estimate": timing["factorize_seconds"], "unit": "seconds"}
-                yield {**label, "metric": "cache", "estimate": made["bytes"], "unit": "bytes"}
+            for record in (record for job, record in records if job.kind == "factorize"):
+                seconds, size = record["timing"]["factorize_seconds"], record["result"]["bytes"]
+                if not record["timing"]["reused"]:  # from the cache they cost nothing
+                    yield {**label, "metric": "factors", "estimate": seconds, "unit": "seconds"}
+                yield {**label, "metric": "cache", "estimate": size, "unit": "bytes"}

@@ -1,4 +1,4 @@
-"""Facts edited by each method: whether the edits took, in other words too, and what became of everything else (C.4)."""
+"""Facts edited by each method: whether edits took, also on paraphrases, and what they did to everything else (C.4)."""
 
 import itertools
 from collections.abc import Iterator
@@ -74,12 +74,12 @@ class Editing(OfMethods):
     def runs(self, study: Study) -> list[Run]:
         """Edit every set in every mode by every method, and by those that edit weights if asked for."""
         methods = [*self.methods, *(name for name in EDITORS if getattr(self, name) is not None)]
-        found = []
+        runs = []
         for name, mode, method, seed in itertools.product(self.sets, self.modes, methods, study.seeds(self)):
             title = EDITORS[method].title if method in EDITORS else study.row(method).title
             label = {"set": name, "mode": mode, "method": title, "seed": seed}
-            found.append((self._edit(study, method, label), label))
-        return found
+            runs.append((self._edit(study, method, label), label))
+        return runs
 
     def tables(self, study: Study, done: Done) -> Findings:
         """Return a table a set and mode with the drift after the last edit, one by categories, a sequence's course."""
@@ -87,15 +87,15 @@ class Editing(OfMethods):
             *(part.assign(**labels) for _, record, labels in done for part in _items(record, labels["set"]))
         )
         numbers = joined(_measured(items), drift(tidy(done), ["set", "mode"]), columns=["text"])
-        found = Findings(numbers)
+        findings = Findings(numbers)
         for (name, mode), rows in numbers.groupby(["set", "mode"], sort=False):
             facts, stem = self.sets[name], f"{name}-{mode}"
             title = f"{facts.title or name}, {mode}"
             in_paper = mode == "batch" and facts.edits == BUILT_IN and facts.category is None
-            found.tables[stem] = title, _table(rows, "editing" if in_paper else "")
+            findings.tables[stem] = title, _table(rows, "editing" if in_paper else "")
             kinds = rows[rows.category.notna()]
             kinds = kinds.assign(column=kinds.category + ", " + kinds.metric.str.split().str[0])
-            found.tables[f"{stem}-categories"] = f"{title}: success by category, %", table(kinds)
+            findings.tables[f"{stem}-categories"] = f"{title}: success by category, %", table(kinds)
             if mode == "sequential":
                 course = rows[rows.metric == COURSE].sort_values("edits", kind="stable")
                 figure = plots.lines(
@@ -103,17 +103,17 @@ class Editing(OfMethods):
                     xlabel="edits so far", ylabel="edit success (%)",
                 )  # fmt: skip
                 caption = f"{title}: edits that still work, stage after stage"
-                found.figures[f"{name}-sequence"] = caption, figure
+                findings.figures[f"{name}-sequence"] = caption, figure
         titles = {name: study.row(name).title for name in self.methods}
         titles |= {} if self.crispedit is None else {"crispedit": EDITORS["crispedit"].title}
         rates = [f"{title} {self._rate(study, name):g}" for name, title in titles.items()]
-        found.text = (
+        findings.text = (
             "Edit success: the answer matches or is likelier than the old one. Locality: accuracy before − after on "
             "unrelated questions. Log p: mean change, of the questions' own answers, and of the edits' new ones where "
             "they do not belong (lower is better there). Drift: KL from the base in thousandths of a nat a token. "
             f"Intervals: over edits and questions. Learning rates on edits: {', '.join(rates)}."
         )
-        return found
+        return findings
 
     def _rate(self, study: Study, method: str) -> float:
         """A method's learning rate on edits; one chosen on a task's rows is not what a handful of edits needs."""
@@ -123,14 +123,14 @@ class Editing(OfMethods):
         """The job of a run. AlphaEdit trains nothing: its rate and steps are its own."""
         facts, trains, single = self.sets[label["set"]], method != "alphaedit", label["mode"] == "single"
         if method in EDITORS:
-            given, needs = {"name": method, **getattr(self, method)}, {}
+            block, needs = {"name": method, **getattr(self, method)}, {}
         else:
-            given, factors = as_written(study.row(method).method), study.factors(study.row(method))
+            block, factors = as_written(study.row(method).method), study.factors(study.row(method))
             needs = {} if factors is None else {"factors": factors}
         texts = None if single else study.recipe.evaluation.drift
-        files = [None if facts.edits == BUILT_IN else facts.edits, given.get("calibration_text")]
-        asked = {
-            "method": given,
+        files = [None if facts.edits == BUILT_IN else facts.edits, block.get("calibration_text")]
+        settings = {
+            "method": block,
             **facts.model_dump(include={"edits", "limit", "neighbours"}),
             "mode": label["mode"],
             "edits_per_batch": None if single else self.edits_per_batch,
@@ -144,7 +144,7 @@ class Editing(OfMethods):
             "files": study.hashes([*files, *(texts.files if texts else ())]),
             **({} if facts.category is None else {"category": facts.category}),
         }
-        return study.job("edit", "edit {set} by {method}, {mode}, seed {seed}".format(**label), asked, **needs)
+        return study.job("edit", "edit {set} by {method}, {mode}, seed {seed}".format(**label), settings, **needs)
 
 
 def _items(record: dict[str, Any], name: str) -> Iterator[pd.DataFrame]:
@@ -153,26 +153,26 @@ def _items(record: dict[str, Any], name: str) -> Iterator[pd.DataFrame]:
     All edits that count (after the last stage of a sequence, else of every stage), by category too, and the course of a
     sequence; then the questions.
     """
-    found, frames = record["result"], []
-    for stage in found["stages"]:
+    result, frames = record["result"], []
+    for stage in result["stages"]:
         records = dict(stage["records"])
-        near = records.pop("neighbours_kept", None) or [[]] * len(records["index"])
+        neighbours = records.pop("neighbours_kept", None) or [[]] * len(records["index"])
         frame = pd.DataFrame({"item": records["index"], "category": records["category"]})
         for column, metric in COLUMNS.items():
             frame[metric] = 100.0 * np.asarray(records[column], dtype=float)
-        frame["neighbours kept"] = [100 * float(np.mean(kept)) if kept else np.nan for kept in near]
+        frame["neighbours kept"] = [100 * float(np.mean(kept)) if kept else np.nan for kept in neighbours]
         frames.append(frame)
-        if found["mode"] == "sequential":
+        if result["mode"] == "sequential":
             course = frame[["item"]].assign(value=frame["edit success"], task=f"{name} edits")
             yield course.assign(metric=COURSE, edits=len(frame))
-    whole = frames[-1] if found["mode"] == "sequential" else pd.concat(frames)
-    long = whole.melt(["item", "category"], var_name="metric").dropna(subset="value")
+    edits = frames[-1] if result["mode"] == "sequential" else pd.concat(frames)
+    long = edits.melt(["item", "category"], var_name="metric").dropna(subset="value")
     kinds = long[long.metric.isin(("edit success", "paraphrase success"))]
     yield kinds.assign(metric=kinds.metric + " by category", task=name + " " + kinds.category)
-    near = long.metric == "neighbours kept"
-    yield long.drop(columns="category").assign(task=np.where(near, f"{name} neighbours", f"{name} edits"))
-    if found["questions"]:
-        q = pd.DataFrame(found["questions"]).astype(float)
+    is_neighbour = long.metric == "neighbours kept"
+    yield long.drop(columns="category").assign(task=np.where(is_neighbour, f"{name} neighbours", f"{name} edits"))
+    if result["questions"]:
+        q = pd.DataFrame(result["questions"]).astype(float)
         values = {
             "locality": 100 * (q.correct_before - q.correct),
             "locality damage": 100 * (1 - q.unchanged),
@@ -190,15 +190,16 @@ def _measured(items: pd.DataFrame) -> pd.DataFrame:
     draws, groups = replicates(items, labels), items.groupby(labels)
     counts = groups["item"].nunique().rename("items")
     own = summary(draws).assign(items=counts, seeds=groups["seed"].nunique()).reset_index()
-    apart = summary(differences(draws.query("category == '' and edits == 0"))).join(counts).reset_index()
+    paired = summary(differences(draws.query("category == '' and edits == 0"))).join(counts).reset_index()
     units = {metric: unit for metric, (_, unit) in SHOWN.items()}
-    found = joined(
+    numbers = joined(
         own.assign(unit=own.metric.map(units).fillna("%")),
-        apart.assign(unit=apart.metric.map(units).replace("%", "pp"), metric=apart.metric + " difference"),
+        paired.assign(unit=paired.metric.map(units).replace("%", "pp"), metric=paired.metric + " difference"),
     )
-    shares = found.unit.isin(("%", "pp"))
-    found.loc[shares] = opened(found[shares], found["items"][shares])
-    return found.assign(category=found.category.where(found.category != ""), edits=found.edits.where(found.edits > 0))
+    shares = numbers.unit.isin(("%", "pp"))
+    numbers.loc[shares] = opened(numbers[shares], numbers["items"][shares])
+    category, edits = numbers.category, numbers.edits
+    return numbers.assign(category=category.where(category != ""), edits=edits.where(edits > 0))
 
 
 def _table(rows: pd.DataFrame, paper: str) -> pd.DataFrame:

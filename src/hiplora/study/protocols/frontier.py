@@ -54,16 +54,16 @@ class FrontierSettings(Protocol):
                 raise ValueError(
                     f"`domains.{domain}` lacks the `reference` {self.reference!r}, which all are compared with; add it"
                 )
-        known = set(itertools.chain(*self.domains.values()))
+        compared = set(itertools.chain(*self.domains.values()))
         for field, names in (("plain", self.plain), ("early", self.early)):
-            if unknown := [name for name in names if name not in known]:
+            if unknown := [name for name in names if name not in compared]:
                 raise ValueError(f"`{field}` names {unknown[0]!r}, which no domain compares; add it to one")
         return self
 
     def runs(self, study: Study) -> list[Run]:
         """Train and score every method of a domain at every rate, number of steps and seed; score the base."""
         tasks = self.tasks or None
-        found: list[Run] = [(study.score(None, tasks), {"method": BASE})]
+        runs: list[Run] = [(study.score(None, tasks), {"method": BASE})]
         for domain, methods in self.domains.items():
             for method in methods:
                 row = study.row(method)
@@ -71,25 +71,25 @@ class FrontierSettings(Protocol):
                 for steps, rate, seed in itertools.product((None, *stops), self.rates, study.seeds(self)):
                     adapter = study.adapter(row, domain, seed, lr=rate, steps=steps)
                     label = {"domain": domain, "method": row.title, "lr": rate, "steps": steps or math.inf}
-                    found += [(job, {**label, "seed": seed}) for job in (adapter, study.score(adapter, tasks))]
-        return found
+                    runs += [(job, {**label, "seed": seed}) for job in (adapter, study.score(adapter, tasks))]
+        return runs
 
     def tables(self, study: Study, done: Done) -> Findings:
         """Return for each domain each method at its best rate, and the drift ratios at equal learning."""
         records, reference = tidy(done), study.row(self.reference).title
         plain = [study.row(name).title for name in self.plain]
-        found, parts = Findings(), []
+        findings, parts = Findings(), []
         for domain in self.domains:
             points, drops = self._points(study, records, domain)
             if points.empty:
                 continue
             numbers = _compare(points, drops, reference, plain).assign(domain=domain)
             parts.append(numbers)
-            stem, title = domain, study.recipe.domains[domain].title
-            found.tables |= _ratio_tables(numbers, stem, title, reference)
-            found.figures |= _figures(numbers, stem, title, reference, plain)
-        found.measured = joined(*parts)
-        found.text = (
+            title = study.recipe.domains[domain].title
+            findings.tables |= _ratio_tables(numbers, domain, title, reference)
+            findings.figures |= _figures(numbers, domain, title, reference, plain)
+        findings.measured = joined(*parts)
+        findings.text = (
             f"Ratios: how many times as far a method drifts as {reference} where it has learned as much, its lowest "
             "drift over rates and early stops, interpolated between neighbours on the grid (linear in the loss, "
             "logarithmic in the divergence). Geometric means over the seeds with 95 % intervals (Student's t over the "
@@ -97,10 +97,10 @@ class FrontierSettings(Protocol):
             f"all its points learned more. {OVER[0].upper()}{OVER[1:]}: the geometric mean over "
             f"{', '.join(self._unlike(study))}."
         )
-        return found
+        return findings
 
     def _unlike(self, study: Study) -> list[str]:
-        """The drift texts that are not of the file that calibrated the reference; all, if none is left."""
+        """The drift texts other than the file that calibrated the reference; all, if there are no others."""
         texts = study.recipe.evaluation.drift.texts if study.recipe.evaluation.drift else {}
         calibration = getattr(study.row(self.reference).method, "calibration_text", None)
         return [text for text, source in texts.items() if source.partition(":")[0] != calibration] or list(texts)
@@ -143,9 +143,9 @@ class Frontier:
         self.best = int(self.mean_x.argmin())  # the point that learned most
         self.least, self.most = float(self.mean_x.min()), float(self.mean_x.max())
         pairs = [(point, point) for point in range(len(x))]
-        for kept, ordered in ((steps, rates), (rates, steps)):
-            lines = (np.flatnonzero(kept == value) for value in np.unique(kept))
-            pairs += [pair for line in lines for pair in itertools.pairwise(line[ordered[line].argsort()])]
+        for fixed, varied in ((steps, rates), (rates, steps)):
+            lines = (np.flatnonzero(fixed == value) for value in np.unique(fixed))
+            pairs += [pair for line in lines for pair in itertools.pairwise(line[varied[line].argsort()])]
         self.pairs = np.array([sorted(pair, key=lambda point: -self.mean_x[point]) for pair in pairs])
 
     def at(self, x: float) -> tuple[float, tuple[int, int], str]:
@@ -167,24 +167,25 @@ class Frontier:
 
 def _between(x: Floats, y: Floats, points: Any, at: Any) -> Floats:
     """Interpolate y at some x between two points, or two arrays of points, never beyond them."""
-    one, two = points
-    apart = x[one] - x[two]
-    share = np.where(apart > 0, (x[one] - at) / np.where(apart > 0, apart, 1.0), x[one] > at).clip(0.0, 1.0)
-    return (1 - share) * y[one] + share * y[two]
+    first, second = points
+    distance = x[first] - x[second]
+    share = np.where(distance > 0, (x[first] - at) / np.where(distance > 0, distance, 1.0), x[first] > at)
+    share = share.clip(0.0, 1.0)
+    return (1 - share) * y[first] + share * y[second]
 
 
-def compared(here: Frontier, there: Frontier, at: int | None) -> tuple[Floats, float, str]:
-    """Return by seed the log of how many times as far `here` drifts as `there`, at what x, and the state of that.
+def compared(method: Frontier, reference: Frontier, at: int | None) -> tuple[Floats, float, str]:
+    """Return by seed the log of how many times as far a method drifts as the reference, at what x, and its state.
 
-    x is what a point `at` of the other learned or, where that is None, the most that both learned.
+    x is what a point `at` of the reference learned or, where that is None, the most that both learned.
     """
-    if at is None and here.least > there.least:
-        apart, x, state = compared(there, here, here.best)
-        return -apart, x, NOT_REACHED if state == PASSED else REACHED  # passed: the other may drift less
-    point = there.best if at is None else at
-    x = float(there.mean_x[point])
-    _, points, state = here.at(x)
-    return here.by_seed(there.x[point], points) - there.y[point], x, state
+    if at is None and method.least > reference.least:
+        logs, x, state = compared(reference, method, method.best)
+        return -logs, x, NOT_REACHED if state == PASSED else REACHED  # passed: the reference may drift less
+    point = reference.best if at is None else at
+    x = float(reference.mean_x[point])
+    _, points, state = method.at(x)
+    return method.by_seed(reference.x[point], points) - reference.y[point], x, state
 
 
 def _compare(points: pd.DataFrame, drops: pd.DataFrame, reference: str, plain: list[str]) -> pd.DataFrame:
@@ -203,70 +204,70 @@ def _compare(points: pd.DataFrame, drops: pd.DataFrame, reference: str, plain: l
         parts.append(measured(summary(drops), "likelihood drop", "pp", form="likelihood"))
     ratios = [row for text in texts for row in _ratios(points[[LOSS, text]], reference, plain)]
     if ratios:
-        found = pd.DataFrame(ratios)
-        logs = pd.DataFrame(found.pop("apart").tolist()).stack().rename_axis(["row", "seed"])
-        found = geometric(np.exp(logs)).join(found).assign(metric=RATIO, over=reference, unit="ratio")
-        found.loc[found.state == PASSED, "low"] = np.nan  # a bound has no end on its open side
-        found.loc[found.state == NOT_REACHED, "high"] = np.nan
-        parts.append(found)
+        rows = pd.DataFrame(ratios)
+        logs = pd.DataFrame(rows.pop("logs").tolist()).stack().rename_axis(["row", "seed"])
+        rows = geometric(np.exp(logs)).join(rows).assign(metric=RATIO, over=reference, unit="ratio")
+        rows.loc[rows.state == PASSED, "low"] = np.nan  # a bound has no end on its open side
+        rows.loc[rows.state == NOT_REACHED, "high"] = np.nan
+        parts.append(rows)
     return joined(*parts, columns=["which"])
 
 
 def _ratios(points: pd.DataFrame, reference: str, plain: list[str]) -> Iterator[dict[str, Any]]:
-    """How many times as far each method drifts as the reference (`apart`: logarithms by seed) at equal loss.
+    """How many times as far each method drifts as the reference at equal loss (`logs`: logarithms by seed).
 
     At the most that both learned, and at each of the reference's points.
     """
     text, frontiers = points.columns[1], {}
-    for method, one in points.unstack("seed", sort=False).dropna().groupby(level="method", sort=False):
-        rates, steps = (one.index.get_level_values(name).to_numpy() for name in ("lr", "steps"))
-        drifts = np.log(one[text].clip(lower=FLOOR).to_numpy())
-        frontiers[method] = Frontier(rates, steps, one[LOSS].to_numpy(), drifts)
+    for method, rows in points.unstack("seed", sort=False).dropna().groupby(level="method", sort=False):
+        rates, steps = (rows.index.get_level_values(name).to_numpy() for name in ("lr", "steps"))
+        drifts = np.log(rows[text].clip(lower=FLOOR).to_numpy())
+        frontiers[method] = Frontier(rates, steps, rows[LOSS].to_numpy(), drifts)
     if reference not in frontiers:
         return
-    there = frontiers.pop(reference)
-    for at in (None, *range(len(there.rates))):
+    own = frontiers.pop(reference)
+    for at in (None, *range(len(own.rates))):
         label = {"text": text, "operating": at is None}
-        label |= {"lr": there.rates[at], "steps": there.steps[at]} if at is not None else {}
-        found = []
-        for method, here in frontiers.items():
-            apart, x, state = compared(here, there, at)
-            found.append({**label, "method": method, "apart": apart, LOSS: x, "state": state})
-        yield from found
+        label |= {"lr": own.rates[at], "steps": own.steps[at]} if at is not None else {}
+        ratios = []
+        for method, frontier in frontiers.items():
+            logs, x, state = compared(frontier, own, at)
+            ratios.append({**label, "method": method, "logs": logs, LOSS: x, "state": state})
+        yield from ratios
         # Of the plain LoRAs, those that learned as much count first; then the one that drifts least.
-        lora = [one for one in found if one["method"] in plain]
+        lora = [ratio for ratio in ratios if ratio["method"] in plain]
         if lora:
-            best = min(lora, key=lambda one: (one["state"] == NOT_REACHED, one["apart"].mean()))
+            best = min(lora, key=lambda ratio: (ratio["state"] == NOT_REACHED, ratio["logs"].mean()))
             yield {**best, "method": BEST_PLAIN, "which": best["method"]}
 
 
-def _ratio_tables(numbers: pd.DataFrame, stem: str, title: str, reference: str) -> Tables:
+def _ratio_tables(numbers: pd.DataFrame, domain: str, title: str, reference: str) -> Tables:
     """The ratios at the lowest loss that both reached, by text, and at each of the reference's points."""
     ratios = numbers[numbers.metric == RATIO]
     if ratios.empty:
         return {}
     operating, overall, best = ratios.operating.astype(bool), ratios.text == OVER, ratios.which.notna()
-    named = f"{BEST_PLAIN} ({ratios[best & operating & overall].which.iloc[0]})" if best.any() else BEST_PLAIN
-    ratios = ratios.assign(row=ratios.method.where(~best, named), told=ratios.apply(_told, axis=1))
-    order = sorted(ratios.row.unique(), key=lambda row: row != named)
+    best_title = f"{BEST_PLAIN} ({ratios[best & operating & overall].which.iloc[0]})" if best.any() else BEST_PLAIN
+    ratios = ratios.assign(row=ratios.method.where(~best, best_title), cell=ratios.apply(_cell, axis=1))
+    order = sorted(ratios.row.unique(), key=lambda row: row != best_title)
 
     def wide(rows: pd.DataFrame, column: str, columns: Sequence[str]) -> pd.DataFrame:
-        found = rows.pivot(index="row", columns=column, values="told").reindex(index=order, columns=columns)
-        return found.rename_axis(index="Method", columns=None)
+        cells = rows.pivot(index="row", columns=column, values="cell").reindex(index=order, columns=columns)
+        return cells.rename_axis(index="Method", columns=None)
 
     equal = wide(ratios[operating], "text", sorted(ratios.text.unique(), key=lambda text: (text != OVER, text)))
     equal.insert(0, "Held-out loss", ratios[operating & overall].set_index("row").loss.map("{:.3f}".format))
     each = ratios[~operating & overall]
     each = each.assign(column=[f"{r.lr:g}{_stop(r.steps)} (loss {r.loss:.3f})" for r in each.itertuples()])
-    told = f"{title}: drift at the lowest loss that both reached, against {reference}"
+    at_equal_loss = f"{title}: drift at the lowest loss that both reached, against {reference}"
     at_rates = f"{title}: drift over {OVER} at equal loss, against {reference} at each of its rates"
     return {
-        f"{stem}-equal": (told, equal.fillna("–")),
-        f"{stem}-rates": (at_rates, wide(each, "column", each.column.unique()).fillna("–")),
+        f"{domain}-equal": (at_equal_loss, equal.fillna("–")),
+        f"{domain}-rates": (at_rates, wide(each, "column", each.column.unique()).fillna("–")),
     }
 
 
-def _told(row: Any) -> str:
+def _cell(row: Any) -> str:
     if row.state == NOT_REACHED:
         return f"≥ {row.estimate:.3g} (not reached)"
     if row.state == PASSED:
@@ -278,7 +279,7 @@ def _stop(steps: float) -> str:
     return "" if np.isinf(steps) else f", {steps:.0f} steps"
 
 
-def _figures(numbers: pd.DataFrame, stem: str, title: str, reference: str, plain: list[str]) -> dict[str, tuple]:
+def _figures(numbers: pd.DataFrame, domain: str, title: str, reference: str, plain: list[str]) -> dict[str, tuple]:
     """A domain's figures of drift against loss: of the plain LoRAs and of the others, each with the reference.
 
     Points that learned nothing are left out: one method's highest rates would press all others into a corner.
@@ -288,8 +289,8 @@ def _figures(numbers: pd.DataFrame, stem: str, title: str, reference: str, plain
     rows = numbers[numbers.metric == "geometric drift"].drop(columns="loss", errors="ignore")
     rows = rows.join(losses.set_index(POINT).estimate.rename("loss"), on=POINT, how="inner")
     rows = rows.assign(line=rows.method + rows.steps.map(_stop)).sort_values("lr", kind="stable")
-    found = {}
-    for group, shown, told in (
+    figures = {}
+    for group, shown, description in (
         ("lora", rows.method.isin(plain), "plain LoRA"),
         ("rivals", ~rows.method.isin([*plain, reference]), "rivals"),
     ):
@@ -298,5 +299,6 @@ def _figures(numbers: pd.DataFrame, stem: str, title: str, reference: str, plain
                 rows[shown | (rows.method == reference)], "text", plots.lines, x="loss", y="estimate", line="line",
                 logy=True, xlabel="held-out loss, nats a token", ylabel="KL from the base, nats a token",
             )  # fmt: skip
-            found[f"{stem}-{group}"] = f"{title}: {reference} against {told}, drift against loss", figure
-    return found
+            caption = f"{title}: {reference} against {description}, drift against loss"
+            figures[f"{domain}-{group}"] = caption, figure
+    return figures

@@ -33,20 +33,23 @@ class LambdaCurve(Protocol):
         change = change[change["from"] == low].assign(method=title, metric="retain change")
         losses = tidy(trainings(study, done))
         loss = losses[losses.metric == "held_out_after"].groupby("method", sort=False)["value"].mean()
-        found = Findings(joined(numbers, change))
+        findings = Findings(joined(numbers, change))
         for form in FORMS.values():
             wide = table(with_columns(study, numbers[numbers.form == form], self.domains or (), "Downstream"))
             wide["Held-out loss"] = loss.reindex(wide.index).map("{:.3f}".format)
             wide.index = pd.Index([f"{prices[row]:g}" for row in wide.index], name="λ")
-            found.tables[form] = f"{title}, scores over λ: {form}, %", wide
-        figure = retain_figure(numbers.sort_values("lambda", kind="stable"), title)
-        found.figures[""] = "What was learned, and what it cost elsewhere, over λ", figure
-        found.text = "Each domain by its own adapter; Retain in pp, lower is better. The paper's curve has no numbers."
-        return found
+            findings.tables[form] = f"{title}, scores over λ: {form}, %", wide
+        figure = retain_figure(numbers, title)
+        findings.figures[""] = "What was learned, and what it cost elsewhere, over λ", figure
+        findings.text = (
+            "Each domain by its own adapter; Retain in pp, lower is better. The paper's curve has no numbers."
+        )
+        return findings
 
     def _rows(self, study: Study) -> dict[float, Any]:
-        """The method at every λ."""
-        title = f"{study.row(self.method).title}, λ = "
+        """The method at every λ, in ascending order, in which differences are taken."""
+        title = study.row(self.method).title
         return {
-            price: study.variant(self.method, f"{title}{price:g}", stability_weight=price) for price in self.values
+            price: study.variant(self.method, f"{title}, λ = {price:g}", stability_weight=price)
+            for price in sorted(self.values)
         }

@@ -61,29 +61,29 @@ class MergeFail(Merging):
 def failures(study: Study, records: pd.DataFrame, drawn: Drawn, taus: Sequence[float]) -> pd.DataFrame:
     """Return the MergeFail of one rule in per cent by size and threshold, and the differences to the first method."""
     items = scored(records, study.tasks)
-    own = ["form", "method", "on", "trained"]
+    adapter = ["form", "method", "on", "trained"]
     alone = items[items.domain == items.on].rename(columns={"seed": "trained"})
-    before = alone.groupby(own, sort=False)["value"].mean().rename("before")
+    before = alone.groupby(adapter, sort=False)["value"].mean().rename("before")
     by = ["form", "method", "seed", "merge"]
     after = items[items.when == "after"].groupby([*by, "on"], sort=False)["value"].mean()
     pairs = after.rename("after").reset_index()
     pairs["size"] = [str(len(drawn[merge][1])) for merge in pairs["merge"]]
     trained = [dict(drawn[merge][1])[domain] for merge, domain in zip(pairs["merge"], pairs.on, strict=True)]
     pairs["trained"] = pd.Series(trained, dtype=object)
-    pairs = pairs.join(before, on=own)
+    pairs = pairs.join(before, on=adapter)
     parts = []
     for tau in taus:
         pairs["value"] = 100.0 * falls_below(pairs.after, pairs.before, tau)
         failed = pairs.groupby([*by, "size"], sort=False)["value"].max()
-        apart = differences(failed.to_frame(0), first=True)[0].rename("value").reset_index()
+        paired = differences(failed.to_frame(0), first=True)[0].rename("value").reset_index()
         for metric, rows, further, unit in (
             ("merge fail", failed.reset_index(), [], "%"),
             ("merge fail", failed.reset_index(), ["size"], "%"),
-            ("merge fail difference", apart, ["minus"], "pp"),
+            ("merge fail difference", paired, ["minus"], "pp"),
         ):
             if len(rows):
                 parts.append(measured(hierarchical(rows, ["form", "method", *further]), metric, unit, tau=tau))
-    found = joined(*parts).fillna({"size": "all"})
+    numbers = joined(*parts).fillna({"size": "all"})
     different = Counter(str(len(merge)) for merge in {merge for _, merge in drawn})
-    found["merges"] = found["size"].map(different | {"all": different.total()})
-    return opened(found, found.merges)
+    numbers["merges"] = numbers["size"].map(different | {"all": different.total()})
+    return opened(numbers, numbers.merges)

@@ -35,21 +35,21 @@ class Merging(OfMethods):
         """Return before, after and difference by rule in both forms, the mean drop of all rules, and drift."""
         records = tidy(done)
         moved, numbers = drift(records[records.when == "after"], ["rule"]), _measured(study, records)
-        found = Findings(joined(numbers, moved))
+        findings = Findings(joined(numbers, moved))
         rows, drops = _before_and_after(numbers), numbers[numbers.metric.isin(("mean drop", "mean signed drop"))]
         for rule in self.rules:
             caption = f"Merged by {rule_title(rule)}, %"
-            found.tables |= by_form(caption, rows[rows.rule == rule], "row", stem=rule)
-        found.tables |= drift_tables(self.rules, moved)
+            findings.tables |= by_form(caption, rows[rows.rule == rule], "row", stem=rule)
+        findings.tables |= drift_tables(self.rules, moved)
         drops = drops.assign(row=titled(drops), column=drops.metric + ", " + drops.form)
         rules = table(drops, "row", paper="merge-rules")
-        found.tables["rules"] = "Mean drop by rule, percentage points", rules
-        found.text = (
+        findings.tables["rules"] = "Mean drop by rule, percentage points", rules
+        findings.text = (
             "Before: each domain by its own adapter; after: all of them by the merge of the adapters of one seed, mean "
             "over the seeds. Mean drop: mean absolute difference over metrics and seeds; signed drop: a gain is "
             "negative."
         )
-        return found
+        return findings
 
 
 def rule_title(rule: str) -> str:
@@ -75,21 +75,21 @@ def merge_runs(
     A merge is scored on its adapters' own tasks. The drift of a merge of all domains of one seed, which several
     protocols read, is always measured. The label `merge` is the place in `drawn`.
     """
-    found, domains = [], study.recipe.domains
+    runs, domains = [], study.recipe.domains
     for (rule, options), row in itertools.product(rules.items(), list(rows)):
         label, adapters = {"rule": rule, "method": row.title}, {}
-        for domain, seed in dict.fromkeys(one for _, merge in drawn for one in merge):
+        for domain, seed in dict.fromkeys(adapter for _, merge in drawn for adapter in merge):
             adapters[domain, seed] = study.adapter(row, domain, seed, like=like)
             alone = study.score(adapters[domain, seed])
-            found.append((alone, {**label, "seed": seed, "when": "before", "domain": domain}))
-        for place, (draw, merge) in enumerate(drawn):
-            whole = len(merge) == len(domains) and len({seed for _, seed in merge}) == 1
-            own = {domains[name].task: domains[name].tasks[domains[name].task] for name, _ in merge}
-            settings = {**study.scoring(own, drift or whole), "rule": rule, "options": dict(options)}
+            runs.append((alone, {**label, "seed": seed, "when": "before", "domain": domain}))
+        for index, (draw, merge) in enumerate(drawn):
+            of_all_domains = len(merge) == len(domains) and len({seed for _, seed in merge}) == 1
+            tasks = {domains[name].task: domains[name].tasks[domains[name].task] for name, _ in merge}
+            settings = {**study.scoring(tasks, drift or of_all_domains), "rule": rule, "options": dict(options)}
             name = f"merge by {rule}: {row.title}, {' + '.join(f'{domain} {seed}' for domain, seed in merge)}"
             job = study.job("merge", name, settings, **{domain: adapters[domain, seed] for domain, seed in merge})
-            found.append((job, {**label, "seed": draw, "when": "after", "merge": place}))
-    return found
+            runs.append((job, {**label, "seed": draw, "when": "after", "merge": index}))
+    return runs
 
 
 def drift_tables(rules: Mapping[str, Any], moved: pd.DataFrame) -> Tables:
@@ -113,7 +113,7 @@ def _measured(study: Study, records: pd.DataFrame) -> pd.DataFrame:
 
 
 def _reported(study: Study, items: pd.DataFrame) -> pd.DataFrame:
-    """The items of what is reported: each domain's score in both forms, and pass@k where programs are sampled.
+    """The items that are reported: each domain's score in both forms, and pass@k where programs are sampled.
 
     A task's accuracy is pass@1, the share of its n samples that pass: pass@k follows from it.
     """

@@ -1,4 +1,4 @@
-"""Rank-1 interventions on the base: what single directions are worth, and how that goes with σ (Tables 3 and 6)."""
+"""Rank-1 interventions on the base: the worth of single directions, and how it goes with σ (Tables 3 and 6)."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -33,11 +33,11 @@ class RankOne(Protocol):
     def runs(self, study: Study) -> list[Run]:
         """Probe the base in each basis."""
         drift = study.recipe.evaluation.drift
-        asked = self.model_dump(include={"modules", "layers", "directions", "choice", "kinds", "draws", "tokens"})
-        asked |= {"texts": dict(drift.texts) if drift else {}, "seed": study.recipe.evaluation.seed}
-        asked["files"] = study.hashes(drift.files if drift else ())
+        settings = self.model_dump(include={"modules", "layers", "directions", "choice", "kinds", "draws", "tokens"})
+        settings |= {"texts": dict(drift.texts) if drift else {}, "seed": study.recipe.evaluation.seed}
+        settings["files"] = study.hashes(drift.files if drift else ())
         return [
-            (study.job("probe", f"probe the base, {basis} basis", {**asked, "basis": basis}), {"basis": basis})
+            (study.job("probe", f"probe the base, {basis} basis", {**settings, "basis": basis}), {"basis": basis})
             for basis in self.bases
         ]
 
@@ -48,13 +48,13 @@ class RankOne(Protocol):
             basis, records = labels["basis"], record["result"]["records"]
             parts.append(_numbers(records, record["result"]["correlations"]).assign(basis=basis))
             for metric, title in METRICS.items():
-                stem = f"{basis}-{metric.replace('_', '-')}"
+                name = f"{basis}-{metric.replace('_', '-')}"
                 caption = f"Correlation with σ, {basis} basis: {title}, nats a token"
                 in_paper = basis == "weight" and metric == "log_perplexity"
-                found.tables[stem] = caption, _table(parts[-1], metric, "rank-one" if in_paper else "")
+                found.tables[name] = caption, _table(parts[-1], metric, "rank-one" if in_paper else "")
             points = pd.DataFrame(records)
             points = points.assign(kl=points["drop"].str["kl"], module=points.module.str.rpartition(".")[2])
-            points = points[(points.kl > 0) & (points.sigma > 0)].assign(intervention=points.kind.map(_named))
+            points = points[(points.kl > 0) & (points.sigma > 0)].assign(intervention=points.kind.map(_kind_title))
             if not points.empty:
                 figure = plots.facets(
                     points, "intervention", plots.scatter, x="sigma", y="kl", group="module", logx=True, logy=True,
@@ -68,17 +68,17 @@ class RankOne(Protocol):
         return found
 
 
-def _named(kind: str) -> str:
+def _kind_title(kind: str) -> str:
     """An intervention as the paper names it: Zero, Flip, Noise 0.1."""
     return kind.replace("_", " ").capitalize()
 
 
 def _numbers(records: list[dict[str, Any]], correlations: list[dict[str, Any]]) -> pd.DataFrame:
     """The correlations, how far those of two interventions are apart, and Pearson's without the largest σ."""
-    strongest = max(records, key=lambda one: one["sigma"])
-    name = (strongest["module"], strongest["index"])  # this direction may make a correlation alone
-    left = [{**one, "type": "all"} for one in records if (one["module"], one["index"]) != name]
-    without = _rows(findings(left), COEFFICIENTS[:1], " without the strongest").drop(columns=["type", "p"])
+    strongest = max(records, key=lambda record: record["sigma"])  # which may make a correlation alone
+    direction = (strongest["module"], strongest["index"])
+    others = [{**record, "type": "all"} for record in records if (record["module"], record["index"]) != direction]
+    without = _rows(findings(others), COEFFICIENTS[:1], " without the strongest").drop(columns=["type", "p"])
     return joined(
         _rows(correlations, COEFFICIENTS),
         _rows(contrasts(records), COEFFICIENTS, " difference").drop(columns=["type", "p"]),
@@ -86,17 +86,22 @@ def _numbers(records: list[dict[str, Any]], correlations: list[dict[str, Any]]) 
     )
 
 
-def _rows(correlations: list[dict[str, Any]], coefficients: Sequence[str], ending: str = "") -> pd.DataFrame:
+def _rows(correlations: list[dict[str, Any]], coefficients: Sequence[str], suffix: str = "") -> pd.DataFrame:
     """A row a correlation that has a value."""
     rows = [
-        (
-            *(_named(one["kind"]), _named(one["minus"]) if "minus" in one else None, name + ending),
-            *(one["metric"], one.get("type"), one["points"], one[name]["p_value"]),
-            *(one[name][key] for key in ("estimate", "low", "high")),
-        )
-        for one in correlations
+        {
+            "method": _kind_title(row["kind"]),
+            "minus": _kind_title(row["minus"]) if "minus" in row else None,
+            "metric": name + suffix,
+            "of": row["metric"],
+            "type": row.get("type"),
+            "items": row["points"],
+            "p": row[name]["p_value"],
+            **{key: row[name][key] for key in ("estimate", "low", "high")},
+        }
+        for row in correlations
         for name in coefficients
-        if one[name]["estimate"] is not None
+        if row[name]["estimate"] is not None
     ]
     columns = ["method", "minus", "metric", "of", "type", "items", "p", "estimate", "low", "high"]
     return pd.DataFrame(rows, columns=columns)

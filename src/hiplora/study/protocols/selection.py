@@ -25,16 +25,16 @@ class Selection(Protocol):
         method, rates = study.row(self.method), study.recipe.rates
         seeds = self.seeds or [study.recipe.seeds[0] if rates is None else rates.seed]
         chosen: dict[str, Job] = {}
-        found: list[Run] = []
+        runs: list[Run] = []
         for symbol, field, values in (
             ("λ", "stability_weight", self.lambdas),
             ("γ", "stability_gamma", self.gammas),
             ("r", "r", self.residual_ranks),
             ("k", "principal_rank", self.ranks),
         ):
-            before, candidates = "".join(f", chosen {name}" for name in chosen), {}
+            suffix, candidates = "".join(f", chosen {name}" for name in chosen), {}
             for value in values:
-                row = study.variant(self.method, f"{method.title}, {symbol} = {value:g}{before}", **{field: value})
+                row = study.variant(self.method, f"{method.title}, {symbol} = {value:g}{suffix}", **{field: value})
                 candidates[value] = {
                     f"{self.domain}-{value:g}-{seed}": study.adapter(
                         row, self.domain, seed, like=method, chosen=chosen
@@ -43,20 +43,22 @@ class Selection(Protocol):
                 }
             if candidates:
                 chosen[field] = study.choice(f"{symbol} of {method.title}", candidates)
-                found.append((chosen[field], {"method": method.title, "symbol": symbol, "field": field}))
-        return found
+                runs.append((chosen[field], {"method": method.title, "symbol": symbol, "field": field}))
+        return runs
 
     def tables(self, study: Study, done: Done) -> Findings:
-        """Return everything that was tried, with what was chosen and whether at the edge of its grid."""
+        """Return all values that were tried, and whether each was chosen and at the edge of its grid."""
         rows, shown = [], []
         for _, record, labels in done:
-            swept = record["result"]
-            for tried in swept["tried"]:
-                value, loss, chosen = tried["value"], tried["mean"], tried["value"] == swept["value"]
+            sweep = record["result"]
+            for candidate in sweep["tried"]:
+                value, loss, chosen = candidate["value"], candidate["mean"], candidate["value"] == sweep["value"]
                 # Below 0 there is no better value: 0 is not the edge of a grid.
-                edge = swept["at_the_edge"] and (value != 0 or len(swept["tried"]) == 1)
-                told = "chosen" + ", at the edge of the grid" * edge if chosen else ""
-                shown.append((f"{labels['symbol']} = {value:g}", "diverged" if loss is None else f"{loss:.4f}", told))
+                edge = sweep["at_the_edge"] and (value != 0 or len(sweep["tried"]) == 1)
+                choice = "chosen" + ", at the edge of the grid" * edge if chosen else ""
+                shown.append(
+                    (f"{labels['symbol']} = {value:g}", "diverged" if loss is None else f"{loss:.4f}", choice)
+                )
                 row = {"method": labels["method"], "metric": "held-out loss", "unit": "nats/token", "estimate": loss}
                 rows.append({**row, "domain": self.domain, labels["field"]: value, "chosen": chosen})
         wide = pd.DataFrame(shown, columns=["Value", "Held-out loss", "Choice"]).set_index("Value")

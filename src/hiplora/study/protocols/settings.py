@@ -36,14 +36,13 @@ class Protocol(Block):
         raise NotImplementedError
 
     def tables(self, study: Study, done: Done) -> Findings:
-        """Return what the results of the `runs` that are done say; there is at least one of a method."""
+        """Return the findings from the results of the `runs` that are done; there is at least one of a method."""
         raise NotImplementedError
 
     @model_validator(mode="after")
     def _each_once(self) -> "Protocol":
-        for name in ("seeds", "methods", "values", "rates", "domains", "sizes", "modes"):
-            values = getattr(self, name, None)
-            if isinstance(values, list) and len(set(values)) < len(values):
+        for name, values in self:
+            if isinstance(values, list) and any(values.count(value) > 1 for value in values):
                 raise ValueError(f"`{name}` lists a value twice: {values}; name each once")
         return self
 

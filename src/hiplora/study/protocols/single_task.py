@@ -41,15 +41,15 @@ class SingleTask(OfMethods):
         """What each method trained: parameters, learning rate, held-out loss before and after."""
         records = tidy(trainings(study, done))
         means = records.pivot_table(index="method", columns="metric", values="value", sort=False)
-        rows = {}
+        rates = {}
         for row in map(study.row, self.methods):
             choice = study.rate(row)
-            found = (study.store.result(choice) or {}) if choice else {"value": study.recipe.given_rate(row)}
-            rows[row.title] = found.get("value"), "at the edge of the grid" if found.get("at_the_edge") else ""
-        found = pd.DataFrame.from_dict(rows, orient="index", columns=["Learning rate", ""]).rename_axis("Method")
-        means = means.reindex(found.index, columns=["parameters", "held_out_before", "held_out_after"])
-        found.insert(0, "Trainable parameters", means.parameters.astype("Int64"))
-        return found.assign(**{"Held-out loss before": means.held_out_before, "After": means.held_out_after})
+            rate = (study.store.result(choice) or {}) if choice else {"value": study.recipe.given_rate(row)}
+            rates[row.title] = rate.get("value"), "at the edge of the grid" if rate.get("at_the_edge") else ""
+        wide = pd.DataFrame.from_dict(rates, orient="index", columns=["Learning rate", ""]).rename_axis("Method")
+        means = means.reindex(wide.index, columns=["parameters", "held_out_before", "held_out_after"])
+        wide.insert(0, "Trainable parameters", means.parameters.astype("Int64"))
+        return wide.assign(**{"Held-out loss before": means.held_out_before, "After": means.held_out_after})
 
 
 class AdaLora(SingleTask):
@@ -64,7 +64,7 @@ def score_runs(study: Study, rows: Iterable[Any], seeds: Sequence[int], domains:
     `like` is the method whose learning rate all of them take.
     """
     labels = [(row, {"method": row.title, "domain": d, "seed": s}) for row in rows for s in seeds for d in domains]
-    adapters = [(study.adapter(row, one["domain"], one["seed"], like=like), one) for row, one in labels]
+    adapters = [(study.adapter(row, label["domain"], label["seed"], like=like), label) for row, label in labels]
     return [(study.score(), {"method": BASE}), *((study.score(adapter), label) for adapter, label in adapters)]
 
 
@@ -107,7 +107,7 @@ def drift_table(moved: pd.DataFrame, title: str = "Drift from the base model") -
 
 
 def retain_figure(numbers: pd.DataFrame, title: str = "") -> Any:
-    """Return the figure of Retain over the mean likelihood: a line of its own for each method or, with `title`, one."""
+    """Return the figure of Retain over the mean likelihood: a line for each method or, with `title`, one for all."""
     shown = numbers[(numbers.form == "likelihood") & (numbers.method != BASE)]
     mean, retain = (shown[shown.metric == metric].set_index("method") for metric in ("mean score", "retain"))
     points = retain.join(mean[["estimate", "low", "high"]].add_prefix("x_")).reset_index()

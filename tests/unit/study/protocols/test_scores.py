@@ -66,6 +66,20 @@ def test_a_study_without_results_has_empty_sections(tmp_path):
     assert all(one.measured.empty for one in found)
 
 
+def test_the_change_of_retain_is_from_the_lowest_price_to_the_highest_in_whatever_order_they_stand(tmp_path):
+    study, _ = made_study(tmp_path, "lambda_curve: {method: hiplora, values: [10.0, 0.0, 1.0]}")
+    losses = {"λ = 0": 20, "λ = 1": 10, "λ = 10": 5}
+
+    def found(job, labels):
+        lost = losses.get(labels["method"].rpartition(", ")[2], 0)
+        own = labels.get("domain")
+        return scored({task: [50 - lost * (domain != own)] for task, domain in study.tasks.items()})
+
+    settings = study.recipe.protocols.lambda_curve
+    change = row(fill(study, settings, found), "retain change", study.row("hiplora").title, form="accuracy")
+    assert (change.estimate, change["from"], change["to"]) == (pytest.approx(-15), 0, 10)
+
+
 # method → seed → stage → (items of mmlu, items of gsm8k)
 STAGES = {
     "LoRA": {42: [([80, 90], [10, 10]), ([40, 60], [70, 90])], 100: [([80, 90], [10, 30]), ([60, 60], [70, 70])]},
