@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from hiplora.errors import ConfigError
+from hiplora.positions import position_limit
 from hiplora.spectral import (
     FactorStore,
     MomentBasis,
@@ -118,11 +120,14 @@ def calibrate(
     text = CalibrationText(model, rows, tokens, batch_size, seed, store, max_bytes, run_model, tokenizer)
     layers: list[dict[str, Any]] = []
     factors: dict[str, SpectralFactors] = {}
-    seen, sides = 0, config.basis_sides
+    sides = config.basis_sides
+    layer_tokens: list[int] = []
+    expert_tokens: list[int] = []
     with unrolled(model):
         for group in _memory_groups(targets, sides, max_bytes):
             inputs = text.inputs([target.name for target in group])
-            seen = min((basis.tokens for name, basis in inputs.items() if shared_side(name) is None), default=tokens)
+            for name, basis in inputs.items():
+                (layer_tokens if shared_side(name) is None else expert_tokens).append(basis.tokens)
             ranks: dict[str, int] = {}
             for target in group:
                 basis = inputs[target.name]
@@ -133,6 +138,8 @@ def calibrate(
             for name, k in ranks.items():
                 weight = frozen_weight(model.get_submodule(name))
                 factors[name] = activation_factors(weight, inputs[name], k, sides, outputs.get(name), name=name)
+    # An expert sees the tokens that are routed to it, which says little of the text.
+    seen = min(layer_tokens or [sum(map(len, text.rows)) or max(expert_tokens)])
     widest = max(target.shape[1] for target in targets)
     if seen < (needed := TOKENS_PER_INPUT * widest):
         warnings.warn(
@@ -255,6 +262,7 @@ class CalibrationText:
         if not self.rows:
             raise ConfigError("rows is empty; calibration needs token ids")
         vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+        context = position_limit(model) if isinstance(model, PreTrainedModel) else None
         digest = hashlib.sha256(identity.encode())
         for index, row in enumerate(self.rows):
             if row.dim() != 1 or len(row) == 0:
@@ -263,6 +271,11 @@ class CalibrationText:
                 raise ConfigError(
                     f"rows[{index}] has token ids from {row.min()} to {row.max()}, and the model's vocabulary has "
                     f"{vocabulary}; encode the text with the model's own tokenizer"
+                )
+            if context is not None and len(row) > context:
+                raise ConfigError(
+                    f"rows[{index}] has {len(row)} tokens, and the model reads {context} at most; cut it into shorter "
+                    "rows"
                 )
             digest.update(len(row).to_bytes(8, "little") + row.cpu().numpy().astype("<i8").tobytes())
         self.key = digest.hexdigest()
@@ -307,11 +320,10 @@ class CalibrationText:
             leader = {name: first.setdefault(id(basis), name) for name, basis in bases.items()}
             parts = ("values", "vectors")
             tensors = {f"{n}.{part}": getattr(bases[n], part) for n in first.values() for part in parts}
-            return tensors, {"leader": leader, "tokens": min(basis.tokens for basis in bases.values())}
+            return tensors, {"leader": leader, "tokens": {n: bases[n].tokens for n in first.values()}}
 
-        tensors, record = self._store.get_or_make(self._store.path(*key), make)
-        leaders = dict.fromkeys(record["leader"].values())
-        led = {n: MomentBasis(tensors[f"{n}.values"], tensors[f"{n}.vectors"], record["tokens"]) for n in leaders}
+        tensors, record = self._store.get_or_make(self._store.path("bases", *key), make)
+        led = {n: MomentBasis(tensors[f"{n}.values"], tensors[f"{n}.vectors"], t) for n, t in record["tokens"].items()}
         return {name: led[leader] for name, leader in record["leader"].items()}
 
 
