@@ -189,7 +189,7 @@ def vllm_rank(rank: int) -> int | None:
 def push_to_hub(folder: Path, repository: str) -> None:
     """Upload an adapter or model to a private hub repository; a HiP-LoRA adapter goes as the plain LoRA that it is.
 
-    A failed upload is a warning with the command that repeats it: the result itself is not lost.
+    A failed upload is a warning with the commands that repeat it: the result itself is not lost.
     """
     from huggingface_hub import HfApi
 
@@ -206,8 +206,13 @@ def push_to_hub(folder: Path, repository: str) -> None:
             api.create_repo(repository, private=True, exist_ok=True)
             api.upload_folder(repo_id=repository, folder_path=source, ignore_patterns=["checkpoints/*", ".*"])
         except Exception as error:
-            problem = first_line(error)
-            log.warning("%s: not uploaded (%s); run: hf upload %s %s", repository, problem, repository, folder)
+            command = f"hf upload {repository} {folder} --private --exclude 'checkpoints/*'"
+            if is_hiplora:
+                plain = f"{folder}-lora"
+                command = (
+                    f"hiplora export {folder} --to lora --out {plain} && hf upload {repository} {plain} --private"
+                )
+            log.warning("%s: not uploaded (%s); run: %s", repository, first_line(error), command)
 
 
 def save_tokenizer(update: AdapterUpdate, folder: Path, base: bool = False) -> None:
