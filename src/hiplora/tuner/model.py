@@ -197,7 +197,7 @@ class HipLoraModel(BaseTuner):
             calibrate_itself(self.model, chosen)
             config.calibration = chosen.calibration
             for layer in layers:
-                layer.begin_anew(adapter, chosen.calibrated[layer.name])
+                layer.start_untrained(adapter, chosen.calibrated[layer.name])
         for layer in layers:
             layer.ensure_factors(adapter)
         return bool(layers)
