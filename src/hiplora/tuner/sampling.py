@@ -304,5 +304,6 @@ def _vocabulary(model: Any) -> tuple[int, list[int], list[int]]:
     for settings in (config, getattr(model, "generation_config", None)):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = getattr(settings, name, None)
-            special |= {*ids} if isinstance(ids, (list, tuple)) else {ids} - {None}
+            if ids is not None:
+                special |= {*ids} if isinstance(ids, (list, tuple)) else {ids}
     return size, [begin] if isinstance(begin, int) and begin < size else [], sorted(special)
