@@ -73,7 +73,7 @@ def read_folder(folder: Path, modules: Iterable[str] = ()) -> tuple[dict[str, An
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder}: no {CONFIG} here; name the folder that `save_pretrained` wrote")
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{folder / CONFIG}: not valid JSON ({error}); save the adapter again") from error
     if not isinstance(config, dict) or "peft_type" not in config:

@@ -62,7 +62,7 @@ def write_record(
     """
     ranks, details = ranks or {}, dict(details or {})
     for name in [name for name in details if name.endswith(".json")]:
-        (folder / name).write_text(json.dumps(details.pop(name), indent=1))
+        (folder / name).write_text(json.dumps(details.pop(name), indent=1), encoding="utf-8")
     module, worst = max(differences.items(), key=lambda item: item[1])
     record = {
         "schema": 1,
@@ -83,18 +83,18 @@ def write_record(
         **details,
     }
     stored = record | {"provenance": provenance()}
-    (folder / "export.json").write_text(json.dumps(stored, indent=2) + "\n")
+    (folder / "export.json").write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
     prompt_code, prompt_note = _how_to_ask(Path(update.source))
     base, (title, code) = hub_name(update.base or "") or "unknown", _CARDS[to]
     if to == "dense":
-        (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+        (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
         is_causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
         code = code.format(kind="AutoModelForCausalLM" if is_causal else f"transformers.{architecture}")
     code = f"{code}\n{prompt_code}".strip()
     rank = f" Rank {record['rank']}, scaling 1." if ranks else ""
     serving = _serving(update, base, {*ranks.values()}) if to == "lora" else ""
     compared = "were not compared" if logits[0] is None else f"differ by {logits[0]:.1e} of the largest"
-    (folder / "README.md").write_text(f"""---
+    card = f"""---
 base_model: {json.dumps(base)}
 library_name: {"transformers" if to == "dense" else "peft"}
 tags: [lora, hiplora]
@@ -110,7 +110,8 @@ Exported by hiplora from an adapter (`{update.kind}`) of `{base}`.{rank} {dtype}
 {prompt_note}{serving}
 Verified on writing: the largest relative difference of a module is {worst:.1e} (`{module}`); logits {compared}.
 `export.json` has every module, the origin and the provenance.
-""")
+"""
+    (folder / "README.md").write_text(card, encoding="utf-8")
     return record
 
 

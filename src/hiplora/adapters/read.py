@@ -150,7 +150,8 @@ def _difference(model: nn.Module, adapter: str, config: Mapping[str, Any], sourc
             problem = "which is no linear layer" if not is_product(inner) else "which is quantised"
             raise AdapterError(f"{source}: {kind} adapts {plain}, {problem}; merge it with PEFT instead")
         try:
-            merged.unmerge()
+            if merged.merged:
+                merged.unmerge()
             before, bias = weight_of(inner).clone(), None if inner.bias is None else inner.bias.clone()
             merged.merge(adapter_names=[adapter])
         except Exception as error:  # whatever a method that cannot be merged, or not in float64, raises
