@@ -12,7 +12,7 @@ from hiplora.tuner.layer import HipLoraLinear
 
 def hip_layers(model: nn.Module) -> Iterator[tuple[str, HipLoraLinear]]:
     """Yield (name in the base model, layer) for each layer of HiP-LoRA adapters; AdapterError if there is none."""
-    layers = [module for module in model.modules() if isinstance(module, HipLoraLinear)]
+    layers = [module for module in model.modules() if isinstance(module, HipLoraLinear) and module.hiplora_A]
     if not layers:
         raise AdapterError(
             "the model has no HiP-LoRA adapter; add one with peft.get_peft_model or PeftModel.from_pretrained"

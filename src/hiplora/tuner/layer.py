@@ -32,6 +32,7 @@ from hiplora.tuner.state import (
     Watch,
     check_checkpoint,
     factor_names,
+    factor_tensors,
     is_flat,
     is_sharded,
     leak_limit,
@@ -89,7 +90,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             for name in factor_names(config):
                 getattr(self, name)[adapter] = torch.full(sizes.get(name, (k, k)), math.nan)
         else:
-            self.place_factors(adapter, factor_names(config), factors)
+            self.place_factors(adapter, factor_tensors(config, factors))
         self.live.add(self)
         self._initialise(adapter)
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -113,9 +114,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     def load_factors(self, adapter: str, tensors: dict[str, Tensor]) -> None:
         """Take an adapter's factors from a file: as its own buffers, or another adapter's where they are equal."""
-        names = [name for name in factor_names(self.configs[adapter]) if name in tensors]
-        device = self.hiplora_U[adapter].device
-        self.place_factors(adapter, names, {name: tensors[name].to(device, torch.float32) for name in names})
+        device, names = self.hiplora_U[adapter].device, factor_names(self.configs[adapter])
+        self.place_factors(adapter, {n: tensors[n].to(device, torch.float32) for n in names if n in tensors})
         self.pending.discard(adapter)
         self._budget.pop(adapter, None)
         self._watches.pop(adapter, None)
@@ -157,15 +157,15 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def start_untrained(self, adapter: str, factors: SpectralFactors) -> None:
         """Initialise an adapter whose tensors no file has brought, on these factors."""
         self.pending.remove(adapter)
-        for name in factor_names(self.configs[adapter]):  # in place: a state dict may hold the buffer
-            getattr(self, name)[adapter].copy_(getattr(factors, name.removeprefix("hiplora_")))
+        for name, tensor in factor_tensors(self.configs[adapter], factors).items():
+            getattr(self, name)[adapter].copy_(tensor)  # in place: a state dict may hold the buffer
         self._initialise(adapter)
         self.retract_(adapter)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; another one becomes active if it was the active one (as in PEFT)."""
         BaseTunerLayer.delete_adapter(self, adapter_name)
-        for buffers in self.factors_of(adapter_name):
+        for buffers in self.factors_of(adapter_name).values():
             del buffers[adapter_name]
         for names in (self.pending, self._hooked, self._unretracted):
             names.discard(adapter_name)
@@ -180,8 +180,11 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         """Move parameters to the base layer's device and dtype (as in PEFT), factors to its device only."""
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        for buffers in self.factors_of(adapter_name) if device is not None else ():
-            buffers[adapter_name] = buffers[adapter_name].to(device)
+        if device is not None:
+            factors = {
+                name: buffers[adapter_name].to(device) for name, buffers in self.factors_of(adapter_name).items()
+            }
+            self.place_factors(adapter_name, factors)  # shares again what PEFT assigned
 
     @torch.no_grad()
     def retract_(self, adapter: str) -> None:
@@ -206,7 +209,6 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         """Return the larger of ‖UᵀB‖/‖B‖ and ‖AV‖/‖A‖; 0 where the projection is off or soft."""
         if not self.configs[adapter].is_closed:
             return 0.0
-        self.ensure_factors(adapter)
         A, B, U, V = self._residual(adapter)
         return leak(A, B, *protected(U, V, self.configs[adapter].basis_sides))
 
@@ -233,6 +235,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     def _residual(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (A, B, U, V), fp32 at least."""
+        self.ensure_factors(adapter)
         A, B = self.hiplora_A.whole(adapter).detach(), self.hiplora_B.whole(adapter).detach()
         dtype = torch.promote_types(A.dtype, torch.float32)
         return A.to(dtype), B.to(dtype), self.hiplora_U[adapter].to(dtype), self.hiplora_V[adapter].to(dtype)
@@ -293,7 +296,6 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return the whole update as (A', B'), (r + k, n) and (m, r + k), fp32 at least, with ΔW = B'A' exactly."""
-        self.ensure_factors(adapter)
         A, B, U, V = self._residual(adapter)
         with full_precision(A.device):  # a merge inside autocast is as exact as any
             A, B = self.retracted(adapter, A, B) if adapter in self._unretracted else self._softened(adapter, A, B)

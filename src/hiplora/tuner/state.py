@@ -48,6 +48,11 @@ def factor_names(config: HipLoraConfig) -> list[str]:
     return [*FACTOR_NAMES, *(name for name, side in filters.items() if config.basis_sides in ("both", side))]
 
 
+def factor_tensors(config: HipLoraConfig, factors: SpectralFactors) -> dict[str, Tensor]:
+    """Return factors by the names of an adapter's buffers."""
+    return {name: getattr(factors, name.removeprefix("hiplora_")) for name in factor_names(config)}
+
+
 def plain_name(name: str) -> str:
     """Return a tensor's name without PEFT's prefix, and without those of torch.compile, FSDP, checkpointing and DDP.
 
@@ -155,10 +160,9 @@ class FactorBuffers(nn.Module):
         self._watches = {}
         self.live.add(self)
 
-    def place_factors(self, adapter: str, names: list[str], factors: SpectralFactors | Mapping[str, Tensor]) -> None:
-        """Register factors, or new values of them; those that another adapter already has are shared with it."""
-        for name in names:
-            new = factors[name] if isinstance(factors, Mapping) else getattr(factors, name.removeprefix("hiplora_"))
+    def place_factors(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+        """Register an adapter's buffers, or new values of them; equal ones of another adapter are shared."""
+        for name, new in tensors.items():
             buffers = getattr(self, name)
             others = (buffer for key, buffer in buffers.items() if key != adapter and buffer.device == new.device)
             buffers[adapter] = next((buffer for buffer in others if torch.equal(buffer, new)), new)
@@ -175,9 +179,9 @@ class FactorBuffers(nn.Module):
             **tensors, residual=0.0, orthogonality=0.0, method="shared", basis=basis, fingerprint=fingerprint
         )
 
-    def factors_of(self, adapter: str) -> list[Any]:
-        """Return the dictionaries of buffers in which an adapter has an entry."""
-        return [buffers for name in _BUFFER_NAMES if adapter in (buffers := getattr(self, name))]
+    def factors_of(self, adapter: str) -> dict[str, Any]:
+        """Return the dictionaries of buffers in which an adapter has an entry, by name."""
+        return {name: buffers for name in _BUFFER_NAMES if adapter in (buffers := getattr(self, name))}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the model, but keep the factors in fp32 and shared: their certificate holds for fp32."""
