@@ -164,8 +164,9 @@ class FactorBuffers(nn.Module):
         """Register an adapter's buffers, or new values of them; equal ones of another adapter are shared."""
         for name, new in tensors.items():
             buffers = getattr(self, name)
-            others = (buffer for key, buffer in buffers.items() if key != adapter and buffer.device == new.device)
-            buffers[adapter] = next((buffer for buffer in others if torch.equal(buffer, new)), new)
+            others = [buffer for key, buffer in buffers.items() if key != adapter and buffer.device == new.device]
+            equal = (buffer for buffer in others if not new.is_meta and torch.equal(buffer, new))
+            buffers[adapter] = next(equal, new)
 
     def has_factors(self, adapter: str) -> bool:
         """Whether the layer has the factors, also where transformers has written them into its buffers."""
