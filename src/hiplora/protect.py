@@ -60,9 +60,9 @@ def protect_adapter(
 ) -> dict[str, Any]:
     """Project a trained adapter off its layers' inputs, measure that, and write the result as a plain LoRA folder.
 
-    `principal_rank`, `projection` and `strength` say how: see `hiplora.adapters.protect`. Mask "joint" takes pairs of
-    directions of inputs and outputs out, as few as give the same drift to second order: more of the update stays, at
-    four times its rank.
+    `principal_rank`, `projection` and `strength` are those of `hiplora.adapters.protect`. Mask "joint" removes pairs of
+    directions of inputs and outputs, as few as give the same drift to second order: more of the update stays, at four
+    times its rank.
 
     Args:
         text: a file or a data set on the hub, of which `tokens` are read; else they are sampled from the base model.
@@ -89,21 +89,23 @@ def protect_adapter(
     check_scale_options(scale, tolerance, data)
     inputs: Inputs = {"the data": data, "the text": text, "the drift text": drift_text}
     update = open_update(adapter_dir, path, overwrite, base=base, inputs=inputs)
-    # All that can be wrong with what is read is found before the model loads.
+    # Errors in the inputs are raised before the model loads.
     if not has_words(update):
-        what = f"is for {update.base}, which is no causal language model"
-        raise ConfigError(f"{update.source}: {what}; protect measures on text, so name an adapter of one that is")
-    tokenizer, texts, bare = load_tokenizer(update.base), drift_texts(drift_text), BaseWeights.of(update).skeleton
+        raise ConfigError(
+            f"{update.source}: is for {update.base}, which is no causal language model; protect measures on text, so "
+            "name an adapter of one that is"
+        )
+    tokenizer, texts, skeleton = load_tokenizer(update.base), drift_texts(drift_text), BaseWeights.of(update).skeleton
     cut_windows(tokenizer, texts, DRIFT_WINDOW, DRIFT_TOKENS)
-    rows = None if text is None else calibration_rows(tokenizer, text, tokens, bare)
-    examples, notes = ([], []) if data is None else task_rows(tokenizer, data, bare)
-    written = [tokenizer.decode(row, skip_special_tokens=True) for row in rows or ()]
-    if seen := [f"{share:.0%} of “{name}”" for name, share in overlap(texts, written).items() if share]:
-        notes.insert(0, f"the calibration text holds drift text too: {', '.join(seen)}")
+    rows = None if text is None else calibration_rows(tokenizer, text, tokens, skeleton)
+    examples, notes = ([], []) if data is None else task_rows(tokenizer, data, skeleton)
+    decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in rows or ()]
+    if shared := [f"{share:.0%} of “{name}”" for name, share in overlap(texts, decoded).items() if share]:
+        notes.insert(0, f"the calibration text holds drift text too: {', '.join(shared)}")
     model: Any = load_for(update, device)
-    measured = CalibrationText(model, rows=rows, tokens=tokens, seed=seed)
+    calibration_text = CalibrationText(model, rows=rows, tokens=tokens, seed=seed)
     with unrolled(model):
-        bases, outputs = _moments(measured, update, mask, model)
+        bases, outputs = _moments(calibration_text, update, mask, model)
     projected = protect(update, bases, principal_rank, strength, projection, outputs)
     search = None if tolerance is None else search_scale(model, projected, examples, tolerance)
     scale = search["scale"] if search else 1.0 if scale is None else scale
@@ -113,8 +115,8 @@ def protect_adapter(
     scored: dict[str, Any] = {}
     if data is not None:
         scored = {"file": Path(data).name, "rows": len(examples), "tokens": sum(len(one.scored) for one in examples)}
-    shares, left = remaining(update, projected)
-    calibrated = min(inputs.tokens for inputs in bases.values())
+    shares, norm_share = remaining(update, projected)
+    calibrated = min(moment.tokens for moment in bases.values())
     record: dict[str, Any] = {
         "schema": 1,
         "kind": "protection",
@@ -132,7 +134,7 @@ def protect_adapter(
             {"module": module, "k": module_rank(principal_rank, bases[module], module), "norm_share": share}
             for module, share in shares.items()
         ],
-        "norm_share": left,
+        "norm_share": norm_share,
         "drift": drift,
         "drift_text": text_source(drift_text),
         "loss": {**loss, **scored} or None,
@@ -145,10 +147,10 @@ def protect_adapter(
 
 def _moments(text: CalibrationText, update: AdapterUpdate, mask: str, model: Any) -> tuple[Moments, Moments | None]:
     """Return the eigenvectors of each layer's inputs and, for pairs of directions, of its output gradients."""
-    others = [name for name in update.modules if not is_product(model.get_submodule(name))]
-    if others and mask != "inputs":
+    not_linear = [name for name in update.modules if not is_product(model.get_submodule(name))]
+    if not_linear and mask != "inputs":
         raise ConfigError(
-            f"layer {others[0]}: is no linear layer, so that its outputs have no directions; use --mask inputs"
+            f"layer {not_linear[0]}: is no linear layer, so that its outputs have no directions; use --mask inputs"
         )
     inputs = text.inputs(list(update.factors))
     if mask == "inputs":

@@ -5,7 +5,14 @@ import json
 import peft
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+)
 
 import hiplora
 from hiplora import HipLoraConfig
@@ -17,6 +24,7 @@ from hiplora.tuner.moments import score
 from hiplora.tuner.sampling import conversation_scripts, sample_rows
 from tests.commands import run
 from tests.contract.conftest import logits, train
+from tests.models.zoo import CASE
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -137,6 +145,17 @@ def test_batches_padding_and_groups_of_layers_change_nothing_but_rounding(tiny, 
     assert_equal_factors(together, alone)
     grouped = calibrated(tiny.make(), tmp_path / "b", rows=data, batch_size=12, max_bytes=8 * 64 * 64 * 3)
     assert_equal_factors(together, grouped, 1e-6)
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize("memory", [4 << 30, 1])
+def test_a_mixture_is_calibrated_on_the_tokens_of_the_text_however_few_an_expert_gets(tmp_path, targets, memory):
+    model = CASE["Mixtral"].make()
+    settings = HipLoraConfig(target_modules=targets, principal_rank=4, basis_sides="input")
+    options = {"store": CalibrationStore(tmp_path), "max_bytes": memory}
+    with pytest.warns(UserWarning, match="calibrated on 30 tokens, few"):
+        found = hiplora.calibrate(model, settings, rows=rows(3, 10) % 64, **options)
+    assert found.tokens == settings.calibration["tokens"] == 30
 
 
 def test_the_output_head_is_measured_on_all_tokens(tiny, tmp_path):
@@ -312,6 +331,14 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(tiny, tmp_path, mon
 def test_what_makes_no_sense_is_refused(tiny, changes, options, why):
     with pytest.raises(ConfigError, match=why):
         hiplora.calibrate(tiny.make(), config(**changes), **options)
+
+
+def test_rows_longer_than_a_models_table_of_positions_are_refused():
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=256, n_embd=32, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    )
+    with pytest.raises(ConfigError, match=r"rows\[0\] has 40 tokens, and the model reads 16 at most"):
+        hiplora.calibrate(model, config(target_modules=["c_attn"]), rows=rows())
 
 
 def test_a_calibration_of_nothing_of_other_settings_or_of_another_model_is_refused(tiny, tmp_path):

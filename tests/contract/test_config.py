@@ -188,6 +188,8 @@ SENSELESS = {
     "save_factors": [1],
     "target_modules": [5],
     "layers_to_transform": ["0"],
+    "modules_to_save": ["lm_head"],
+    "target_parameters": ["experts.down_proj"],
     "rank_pattern": [{"q_proj": 0}, [1]],
     "alpha_pattern": [{"q_proj": -2}],
     "principal_rank_pattern": [{"q_proj": 1.5}],

@@ -91,6 +91,15 @@ def test_autocast_trains_and_agrees_with_full_precision(base, ids):
     assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in grads.values())
 
 
+def test_a_merge_inside_autocast_is_as_exact_as_outside(base, ids):
+    model = base.adapted(init_weights=False)
+    model(input_ids=ids)  # it might be a pass of a training: from now on A and B act through the projection
+    for _, layer in hip_layers(model):
+        exact = layer.get_delta_weight("default")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(layer.get_delta_weight("default"), exact)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(base, ids, reentrant):
     def gradients(checkpointing):

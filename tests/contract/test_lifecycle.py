@@ -222,19 +222,27 @@ def test_a_deleted_adapters_name_can_be_used_for_another_kind(tiny, ids):
     torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
 @pytest.mark.parametrize("save_factors", [True, False])
-def test_a_second_adapter_can_be_loaded_beside_the_first(base, ids, tmp_path, save_factors):
+def test_a_second_adapter_can_be_loaded_beside_the_first(base, ids, tmp_path, save_factors, low_memory):
     save_factors = save_factors or base.kind in ACTIVATION
     model = base.adapted(save_factors=save_factors)
     train(model, ids)
     expected = logits(model, ids)
     model.save_pretrained(tmp_path)
     fresh = base.adapted(save_factors=save_factors)
-    assert not fresh.load_adapter(tmp_path, "loaded").missing_keys
+    assert not fresh.load_adapter(tmp_path, "loaded", low_cpu_mem_usage=low_memory).missing_keys
     fresh.set_adapter("loaded")
     assert torch.equal(logits(fresh, ids), expected)
     for _, layer in hip_layers(fresh):
         assert layer.hiplora_U["default"].data_ptr() == layer.hiplora_U["loaded"].data_ptr()
+
+
+def test_a_model_whose_adapters_were_all_deleted_has_none(tiny):
+    model = tiny.adapted()
+    model.delete_adapter("default")
+    with pytest.raises(AdapterError, match="the model has no HiP-LoRA adapter"):
+        hiplora.max_leak(model)
 
 
 def test_two_active_adapters_share_the_memory_of_their_basis_and_add_up(tiny, ids):

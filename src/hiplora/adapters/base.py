@@ -33,12 +33,12 @@ _TASKS = {
     "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
     "FEATURE_EXTRACTION": transformers.AutoModel,
 }
-_UNASKED = 16 << 30  # bytes of a model that are loaded in fp32 on the CPU without --device cpu
+_LARGE_FOR_CPU = 16 << 30  # bytes above which a model is loaded on the CPU only with --device cpu
 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence library warnings about each other, and about a base model that is not on the hub, inside the block."""
+    """Silence libraries' warnings about each other and about a base model that is not on the hub, inside the block."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # as PEFT then sets it itself
@@ -65,12 +65,12 @@ class BaseWeights:
         with _readable(model), torch.device("meta"):
             self.config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=False)
             self.skeleton: PreTrainedModel = self._skeleton(task, {*names, *extras})
-            shapes = {name: one.shape for name, one in _parameters(self.skeleton).items()}
+            shapes = {name: parameter.shape for name, parameter in _parameters(self.skeleton).items()}
             for name, tensor in extras.items():
-                own, found = self.skeleton.config, shapes.get(name, ())
-                if found and found[0] == own.num_labels != len(tensor) and found[1:] == tensor.shape[1:]:
-                    own.num_labels = len(tensor)
-                    self.skeleton = type(self.skeleton)._from_config(own)
+                config, shape = self.skeleton.config, shapes.get(name, ())
+                if shape and shape[0] == config.num_labels != len(tensor) and shape[1:] == tensor.shape[1:]:
+                    config.num_labels = len(tensor)
+                    self.skeleton = type(self.skeleton)._from_config(config)
 
     @classmethod
     def of(cls, update: AdapterUpdate) -> "BaseWeights":
@@ -78,24 +78,24 @@ class BaseWeights:
         return cls(update.base, update.config.get("task_type"), update.modules, update.extras)
 
     def _skeleton(self, task: str | None, names: set[str]) -> PreTrainedModel:
-        own = [getattr(transformers, name, None) for name in self.config.architectures or []]
-        own = [kind for kind in own if isinstance(kind, type) and issubclass(kind, PreTrainedModel)]
-        built, problems = [], []
-        for kind in dict.fromkeys([*filter(None, [_TASKS.get(task or "")]), *own, *_TASKS.values()]):
+        classes = [getattr(transformers, name, None) for name in self.config.architectures or []]
+        classes = [kind for kind in classes if isinstance(kind, type) and issubclass(kind, PreTrainedModel)]
+        skeletons, errors = [], []
+        for kind in dict.fromkeys([*filter(None, [_TASKS.get(task or "")]), *classes, *_TASKS.values()]):
             config: Any = copy.deepcopy(self.config)
             try:
                 is_auto = kind in _TASKS.values()
                 skeleton = kind.from_config(config, trust_remote_code=False) if is_auto else kind._from_config(config)
             except (ValueError, ImportError) as error:  # most often: this task has no class for the configuration
-                problems.append(error)
+                errors.append(error)
                 continue
-            built.append(skeleton)
+            skeletons.append(skeleton)
             with unrolled(skeleton):
                 if names <= {*dict(skeleton.named_modules()), *_parameters(skeleton)}:
                     return skeleton
-        if not built:
-            raise problems[0]
-        return built[0]
+        if not skeletons:
+            raise errors[0]
+        return skeletons[0]
 
     @property
     def predicts_tokens(self) -> bool:
@@ -105,19 +105,19 @@ class BaseWeights:
     def no_room(self, device: str = "cpu", dtype: torch.dtype | None = None) -> str:
         """Return why the model cannot be loaded on a device, and the way out; empty if it can.
 
-        Without a `dtype` it is that of measuring there; "auto" refuses what takes a CPU very long.
+        `dtype` None is that of measuring on the device; "auto" refuses a model that takes a CPU very long.
         """
         configs = self.config, self.config.get_text_config()
         if any(getattr(config, "quantization_config", None) for config in configs):
             return f"base model {self.model} is quantised; name the unquantised model as base=… (--base)"
-        place, usual = measuring_place(device)
-        needed = (dtype or usual).itemsize * sum(parameter.numel() for parameter in self.skeleton.parameters())
-        on_gpu, said = place.startswith("cuda"), f"base model {self.model} needs {needed / 2**30:.0f} GiB"
-        if needed > (torch.cuda.mem_get_info(place)[0] if on_gpu else psutil.virtual_memory().available):
-            where = f" on {place}; pass --device cpu, or" if on_gpu else ";"
-            return f"{said}, more than is free{where} use a machine with more memory"
-        if device == "auto" and place == "cpu" and needed > _UNASKED:
-            return f"{said} and this machine has no GPU; pass --device cpu to load it nevertheless, which is slow"
+        chosen, usual_dtype = measuring_place(device)
+        needed = (dtype or usual_dtype).itemsize * sum(parameter.numel() for parameter in self.skeleton.parameters())
+        on_gpu, problem = chosen.startswith("cuda"), f"base model {self.model} needs {needed / 2**30:.0f} GiB"
+        if needed > (torch.cuda.mem_get_info(chosen)[0] if on_gpu else psutil.virtual_memory().available):
+            advice = f" on {chosen}; pass --device cpu, or" if on_gpu else ";"
+            return f"{problem}, more than is free{advice} use a machine with more memory"
+        if device == "auto" and chosen == "cpu" and needed > _LARGE_FOR_CPU:
+            return f"{problem} and this machine has no GPU; pass --device cpu to load it nevertheless, which is slow"
         return ""
 
     def load(self, device: str = "auto", dtype: torch.dtype | str | None = None) -> Any:
@@ -125,13 +125,13 @@ class BaseWeights:
 
         `dtype` "auto" is the model's own.
         """
-        stored = self.config.dtype or torch.float32
-        if why := self.no_room(device, stored if isinstance(dtype, str) else dtype):
-            raise AdapterError(why)
-        place, usual = measuring_place(device)
+        stored_dtype = self.config.dtype or torch.float32
+        if problem := self.no_room(device, stored_dtype if isinstance(dtype, str) else dtype):
+            raise AdapterError(problem)
+        chosen, usual_dtype = measuring_place(device)
         with _readable(self.model), quiet_transformers(always=False):
-            options: dict[str, Any] = {"config": self.skeleton.config, "dtype": dtype or usual}
-            return type(self.skeleton).from_pretrained(resolve(self.model), **options).eval().to(place)
+            options: dict[str, Any] = {"config": self.skeleton.config, "dtype": dtype or usual_dtype}
+            return type(self.skeleton).from_pretrained(resolve(self.model), **options).eval().to(chosen)
 
     @cached_property
     def whole(self) -> PreTrainedModel:
@@ -158,15 +158,18 @@ def linear_layer(model: nn.Module, module: str, name: str) -> nn.Module:
     layer = dict(model.named_modules()).get(module)
     weight = getattr(layer, "weight", None)
     if layer is None or not (isinstance(weight, nn.Parameter) and weight.dim() == 2):
-        way = "the adapter was made for another model: pass the right one as base=… (--base)"
-        if any(f"{module}.".startswith(f"{one}.") for one, held in model.named_parameters() if held.dim() == 3):
-            way = "its experts are one parameter of a kind that hiplora cannot take apart: merge it with PEFT instead"
+        advice = "the adapter was made for another model: pass the right one as base=… (--base)"
+        stacked = [parameter_name for parameter_name, parameter in model.named_parameters() if parameter.dim() == 3]
+        if any(f"{module}.".startswith(f"{parameter_name}.") for parameter_name in stacked):
+            advice = (
+                "its experts are one parameter of a kind that hiplora cannot take apart: merge it with PEFT instead"
+            )
         elif re.search(r"\.experts\.\d+\.\w+$", module):
-            way = (
+            advice = (
                 "transformers 5 has a mixture's experts as one parameter: load the adapter with "
                 "peft.PeftModel.from_pretrained(base, folder), which converts it, and save it again"
             )
-        raise AdapterError(f"base model {name}: has no linear layer {module}; {way}")
+        raise AdapterError(f"base model {name}: has no linear layer {module}; {advice}")
     return layer
 
 
@@ -182,7 +185,7 @@ def weight_of(layer: Any) -> Float[Tensor, "m n"]:
 
 
 def is_transposed(update: AdapterUpdate, model: nn.Module | None) -> bool:
-    """Return whether the base model, None where it is not at hand, stores weights as (in, out)."""
+    """Return whether the base model, None if it is not available, stores weights as (in, out)."""
     if model is None:
         return bool(update.config.get("fan_in_fan_out"))
     return any(isinstance(layer, Conv1D) for layer in model.modules())
@@ -202,15 +205,15 @@ def replace_extras(model: PreTrainedModel, update: AdapterUpdate) -> bool:
     changes one of two tied weights. AdapterError if a tensor does not fit.
     """
     for name, tensor in update.extras.items():
-        old: Any = _parameters(model).get(name)
+        parameter: Any = _parameters(model).get(name)
         layers = model.get_input_embeddings(), model.get_output_embeddings()
-        is_vocabulary = old is not None and any(old is getattr(layer, "weight", None) for layer in layers)
-        if is_vocabulary and len(tensor) > len(old) and tensor.shape[1:] == old.shape[1:]:
+        is_vocabulary = parameter is not None and any(parameter is getattr(layer, "weight", None) for layer in layers)
+        if is_vocabulary and len(tensor) > len(parameter) and tensor.shape[1:] == parameter.shape[1:]:
             model.resize_token_embeddings(len(tensor), mean_resizing=False)
     head = model.get_output_embeddings()
-    tied = {name for name, one in _parameters(model).items() if is_tied(model) and one is head.weight}
-    same = tied <= update.extras.keys() and len({weight_fingerprint(update.extras[name]) for name in tied}) == 1
-    untied = not same and bool(tied & {*(f"{module}.weight" for module in update.modules), *update.extras})
+    tied = {name for name, weight in _parameters(model).items() if is_tied(model) and weight is head.weight}
+    stay_equal = tied <= update.extras.keys() and len({weight_fingerprint(update.extras[name]) for name in tied}) == 1
+    untied = not stay_equal and bool(tied & {*(f"{module}.weight" for module in update.modules), *update.extras})
     if untied:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
@@ -239,8 +242,8 @@ def load_for(update: AdapterUpdate, device: str = "auto") -> PreTrainedModel:
     """Load an adapter's base model to measure on, as `BaseWeights.load`, after `check_base`."""
     weights = BaseWeights.of(update)
     model = weights.load(device)
-    same = model.dtype in (torch.float32, weights.config.dtype)  # else rounded: another weight than the adapter saw
-    check_base(model if same else weights.whole, update, update.base)
+    rounded = model.dtype not in (torch.float32, weights.config.dtype)  # not the weight that the adapter saw
+    check_base(weights.whole if rounded else model, update, update.base)
     return model
 
 
@@ -262,7 +265,7 @@ def check_fit(weight: Tensor, update: AdapterUpdate, module: str, base: str) -> 
         basis = update.config.get("basis", "weight")
         mismatch = factor_mismatch(weight.float(), channels.U, channels.sigma, channels.V, basis)
         seen = weight if mismatch <= other_precision_limit(precision) else None
-    elif seen is None and channels is None and is_quantised(precision):  # nothing is left to recognise it by
+    elif seen is None and channels is None and is_quantised(precision):  # it cannot be recognised without channels
         seen = weight
     if seen is None:
         raise AdapterError(
@@ -274,12 +277,12 @@ def check_fit(weight: Tensor, update: AdapterUpdate, module: str, base: str) -> 
 
 def in_precision(weight: Tensor, fingerprint: str) -> Tensor | None:
     """Return a stored weight as the adapter saw it, rounded to half precision if need be; None if it is another one."""
-    seen = (weight.to(dtype) for dtype in dict.fromkeys((weight.dtype, torch.bfloat16, torch.float16)))
-    return next((one for one in seen if weight_fingerprint(one) == fingerprint), None)
+    rounded = (weight.to(dtype) for dtype in dict.fromkeys((weight.dtype, torch.bfloat16, torch.float16)))
+    return next((candidate for candidate in rounded if weight_fingerprint(candidate) == fingerprint), None)
 
 
 def is_quantised(precision: str) -> bool:
-    """Whether an adapter's `base_precision` is no dtype but a quantiser's."""
+    """Whether an adapter's `base_precision` names a quantiser, not a dtype."""
     return bool(precision) and not isinstance(getattr(torch, precision, None), torch.dtype)
 
 
@@ -291,7 +294,7 @@ def _readable(model: str) -> Iterator[None]:
         yield
     except HipLoraError:
         raise
-    except Exception as error:  # whatever a damaged folder makes of transformers, or a quantiser's library that lacks
+    except Exception as error:  # whatever transformers raises for a damaged folder, or a missing quantiser's library
         raise AdapterError(
             f"base model {model}: cannot be read ({first_line(error)}); pass a folder or a hub name that this machine "
             "can reach as base=… (--base)"

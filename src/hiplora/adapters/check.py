@@ -36,8 +36,8 @@ _LOGIT_TOLERANCE = 1e-3  # logits pass through every layer
 
 def compare_modules(update: AdapterUpdate, written: AdapterUpdate) -> dict[str, float]:
     """Return ‖ΔW' − ΔW‖/‖ΔW‖ (Frobenius) per module, in float64; 0 where both are zero, infinite where only ΔW is."""
-    if missing := set(update.factors) ^ set(written.factors):
-        raise AdapterError(f"layer {min(missing)}: was read or written, but not both; nothing was exported")
+    if unmatched := set(update.factors) ^ set(written.factors):
+        raise AdapterError(f"layer {min(unmatched)}: was read or written, but not both; nothing was exported")
     differences = {}
     for module in update.factors:
         (A, B), (A_written, B_written) = update.factors[module], written.factors[module]
@@ -67,24 +67,26 @@ def compare_logits(update: AdapterUpdate, folder: Path, exact: bool, device: str
     weights = BaseWeights.of(update)
     if not weights.predicts_tokens:
         return None, f"logits not compared: {type(weights.skeleton).__name__} gives none of tokens"
-    if why := weights.no_room(device, torch.float32):
-        return None, f"logits not compared: {why}"
-    bare: Any = weights.load(device, torch.float32)
-    check_base(bare, update, update.base)
-    replace_extras(bare, update)
-    with added(bare, update):
-        expected = logits_of(bare)
+    if problem := weights.no_room(device, torch.float32):
+        return None, f"logits not compared: {problem}"
+    base: Any = weights.load(device, torch.float32)
+    check_base(base, update, update.base)
+    replace_extras(base, update)
+    with added(base, update):
+        expected = logits_of(base)
     with quiet_loading():
         if update.extras:
-            bare, rows = weights.load(device, torch.float32), len(bare.get_input_embeddings().weight)
-            if rows != len(bare.get_input_embeddings().weight):
-                bare.resize_token_embeddings(rows, mean_resizing=False)
-        stock = PeftModel.from_pretrained(bare, str(folder)).eval()
+            vocabulary = len(base.get_input_embeddings().weight)
+            del base
+            base = weights.load(device, torch.float32)
+            if len(base.get_input_embeddings().weight) != vocabulary:
+                base.resize_token_embeddings(vocabulary, mean_resizing=False)
+        stock = PeftModel.from_pretrained(base, str(folder)).eval()
     return logit_difference(logits_of(stock), expected, update.source, exact), ""
 
 
 def _targets(update: AdapterUpdate, model: nn.Module | None, weights: Container[str] = ()) -> dict[str, Any]:
-    """Return the fields of a stock LoRA that adapts an update's modules, by name, over a `model` if it is at hand.
+    """Return the fields of a stock LoRA that adapts an update's modules, by name, over a `model` if there is one.
 
     Experts are parameters, and so are the weights of the layers among `weights`.
     """
@@ -111,25 +113,24 @@ def stock_targets(update: AdapterUpdate, skeleton: nn.Module | None) -> dict[str
         for module in update.modules:
             linear_layer(skeleton, module, update.base)
     layers = targets["target_modules"]
-    # PEFT takes what has such a name for the experts', also outside them, and adapts a router only as a parameter.
-    called = {alias for aliases in ALIASES.values() for alias in aliases}
-    odd = [n for n in layers if n.rpartition(".")[2] in called or not is_product(skeleton.get_submodule(n))]
+    # PEFT takes a layer with such a name for the experts', also outside them, and adapts a router only as a parameter.
+    experts = {alias for aliases in ALIASES.values() for alias in aliases}
+    by_weight = [n for n in layers if n.rpartition(".")[2] in experts or not is_product(skeleton.get_submodule(n))]
     if targets["target_parameters"] is None:
         targets["target_modules"] = short_names(skeleton, layers)
-    for chosen in (targets, _targets(update, skeleton, odd)):
-        why = ""
+    for candidate in (targets, _targets(update, skeleton, by_weight)):
         try:
             with quiet_loading(), torch.device("meta"):
-                adapted = PeftModel(copy.deepcopy(skeleton), LoraConfig(r=1, **chosen))
+                model = PeftModel(copy.deepcopy(skeleton), LoraConfig(r=1, **candidate))
         except (ValueError, NotImplementedError) as error:
             why = first_line(error)
-        else:
-            if (found := set(_adapted(adapted, chosen["target_parameters"] or ()))) == set(update.modules):
-                return chosen
-    if not why:
-        wrong = sorted(found ^ set(update.modules), key=model_order)
-        told = "does not adapt" if wrong[0] in update.factors else "adapts"
-        why = f"{told} {wrong[0]}" + (f" and {len(wrong) - 1} more are wrong" if wrong[1:] else "")
+            continue
+        adapted = set(_adapted(model, candidate["target_parameters"] or ()))
+        if adapted == set(update.modules):
+            return candidate
+        wrong = sorted(adapted ^ set(update.modules), key=model_order)
+        verb = "does not adapt" if wrong[0] in update.factors else "adapts"
+        why = f"{verb} {wrong[0]}" + (f" and {len(wrong) - 1} more are wrong" if wrong[1:] else "")
     raise AdapterError(
         f"{update.source}: stock PEFT {peft.__version__} cannot have exactly these modules of the base model ({why}); "
         "export with --to dense, or train other modules, of a mixture's experts all or none"
@@ -137,7 +138,7 @@ def stock_targets(update: AdapterUpdate, skeleton: nn.Module | None) -> dict[str
 
 
 def skeleton_of(update: AdapterUpdate, model: nn.Module | None) -> nn.Module | None:
-    """Return the base model, or that of a live `model`, without weights; None if it is not at hand."""
+    """Return the base model, or that of a live `model`, without weights; None if it is not available."""
     try:
         if model is None:
             return BaseWeights.of(update).skeleton
@@ -149,7 +150,10 @@ def skeleton_of(update: AdapterUpdate, model: nn.Module | None) -> nn.Module | N
 
 
 def _adapted(model: nn.Module, parameters: Container[str]) -> Iterator[str]:
-    """Yield the layers that a stock LoRA adapts, experts one by one; a weight not among `parameters` as a weight."""
+    """Yield the layers that a stock LoRA adapts, experts one by one.
+
+    A layer that it adapts through its weight, although that is not among `parameters`, is named as the weight.
+    """
     for name, layer in model.named_modules():
         plain = name.removeprefix(PREFIX).replace(".base_layer", "")
         if isinstance(layer, ParamWrapper) and layer.parameter_name == "weight":
@@ -160,9 +164,9 @@ def _adapted(model: nn.Module, parameters: Container[str]) -> Iterator[str]:
             yield plain
 
 
-def logit_difference(found: Tensor, expected: Tensor, source: str, exact: bool) -> float:
+def logit_difference(logits: Tensor, expected: Tensor, source: str, exact: bool) -> float:
     """Return the largest difference of logits in units of the largest; AdapterError if too large for `exact`."""
-    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    difference = ((logits - expected).abs().max() / expected.abs().max()).item()
     if exact and not difference <= _LOGIT_TOLERANCE:
         raise AdapterError(
             f"{source}: the exported logits differ by {difference:.1e} of the largest one, more than "
@@ -178,8 +182,8 @@ def logits_of(model: nn.Module) -> Float[Tensor, "prompts length vocabulary"]:
     generator = torch.Generator().manual_seed(20240131)
     ids = torch.randint(0, config.get_text_config().vocab_size, (4, 16), generator=generator)
     ids = ids.to(next(model.parameters()).device)
-    also = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
-    return model(input_ids=ids, **also).logits.float().cpu()
+    decoder_inputs = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+    return model(input_ids=ids, **decoder_inputs).logits.float().cpu()
 
 
 @contextmanager
@@ -198,6 +202,6 @@ def added(model: nn.Module, update: AdapterUpdate) -> Iterator[None]:
                 stack.callback(layer.register_forward_hook(hook(A.to(device), B.to(device))).remove)
             else:
                 stack.callback(setattr, layer, "weight", layer.weight)
-                wide = layer.weight.detach().float() + update.delta(module).to(device)
-                layer.weight = nn.Parameter(wide.to(layer.weight.dtype), requires_grad=False)
+                total = layer.weight.detach().float() + update.delta(module).to(device)
+                layer.weight = nn.Parameter(total.to(layer.weight.dtype), requires_grad=False)
         yield

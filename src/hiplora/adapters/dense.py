@@ -42,9 +42,9 @@ def save_dense(
 
     Args:
         model_or_dir: a PEFT model, an adapter folder or an update, of low rank or not.
-        path: output folder; the arguments that are not listed are those of `save_as_lora`.
+        path: output folder; arguments not listed here are those of `save_as_lora`.
         dtype: None keeps the base model's own. Half precision rounds the merged weights, and the record says how much.
-        check_logits: also load what was written and compare logits, for updates of low rank.
+        check_logits: also load the written model and compare logits, for updates of low rank.
 
     Returns:
         the record in `export.json`, without the provenance.
@@ -66,18 +66,20 @@ def save_dense(
         with added(model, update):
             expected = logits_of(model)
     differences = merge_into(model, update, DTYPES[dtype] if dtype else None)
-    written, logits = str(model.dtype).removeprefix("torch."), None
+    written_dtype, difference = str(model.dtype).removeprefix("torch."), None
     with staged_dir(path, overwrite) as staged:
         with quiet_transformers(always=False):
             model.save_pretrained(staged)
         save_tokenizer(update, staged, base=True)
         del model, weights
         if expected is not None:
-            found = logits_of(BaseWeights.of(replace(update, base=str(staged))).whole)
-            logits = logit_difference(found, expected, update.source, exact and written == "float32")
+            logits = logits_of(BaseWeights.of(replace(update, base=str(staged))).whole)
+            difference = logit_difference(logits, expected, update.source, exact and written_dtype == "float32")
         note = "" if expected is not None else "logits not compared: switched off, not of low rank, or none of tokens"
         more = {"untied": untied, **(details or {})}
-        return write_record("dense", update, staged, path, differences, (logits, note), written, details=more)
+        return write_record(
+            "dense", update, staged, path, differences, (difference, note), written_dtype, details=more
+        )
 
 
 def merge_into(model: nn.Module, update: AdapterUpdate, dtype: torch.dtype | None) -> dict[str, float]:
@@ -93,9 +95,9 @@ def merge_into(model: nn.Module, update: AdapterUpdate, dtype: torch.dtype | Non
         delta = update.delta(module).to(before.device)
         written = (before.float() + delta).to(dtype or before.dtype)
         if not torch.isfinite(written).all() and torch.isfinite(before).all():
-            number = str(written.dtype).removeprefix("torch.")
-            raise AdapterError(f"layer {module}: the merged weight overflows {number}; pass --dtype float32")
-        scale = (before.norm() ** 2 + delta.norm() ** 2).sqrt().clamp_min(1e-30)
+            written_dtype = str(written.dtype).removeprefix("torch.")
+            raise AdapterError(f"layer {module}: the merged weight overflows {written_dtype}; pass --dtype float32")
+        scale = (before.float().norm() ** 2 + delta.norm() ** 2).sqrt().clamp_min(1e-30)
         differences[module] = float((written.double() - before.double() - delta.double()).norm() / scale)
         final = written.T.contiguous() if isinstance(layer, Conv1D) else written
         layer.weight = nn.Parameter(final, requires_grad=False)

@@ -1,4 +1,4 @@
-"""An adapter's folder, as PEFT saves it: its configuration and tensors, checked as a stranger's."""
+"""An adapter's folder, as PEFT saves it: its configuration and tensors, checked before they are used."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ class _Settings(BaseModel, strict=True):
     init_r: int | None = None
     lora_alpha: FiniteFloat = 1.0
     lora_dropout: FiniteFloat | None = None
-    rank_pattern: dict[str, PositiveInt | list[bool]] | None = None  # AdaLoRA: which ranks are left
+    rank_pattern: dict[str, PositiveInt | list[bool]] | None = None  # AdaLoRA: which ranks were not pruned
     alpha_pattern: dict[str, FiniteFloat] | None = None
     principal_rank_pattern: dict[str, Any] | None = None
     principal_ranks: dict[str, int] | None = None
@@ -66,14 +66,14 @@ def check_finite(tensor: Tensor, what: str) -> None:
 
 
 def read_folder(folder: Path, modules: Iterable[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return an adapter folder's configuration and its tensors, as saved, by plain name; checked as a stranger's.
+    """Return an adapter folder's configuration and its tensors, as saved, by plain name; nothing in it is trusted.
 
     `modules` are names of a model's modules, with which patterns must match in time too. Errors as of `read_update`.
     """
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder}: no {CONFIG} here; name the folder that `save_pretrained` wrote")
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{folder / CONFIG}: not valid JSON ({error}); save the adapter again") from error
     if not isinstance(config, dict) or "peft_type" not in config:
@@ -82,12 +82,12 @@ def read_folder(folder: Path, modules: Iterable[str] = ()) -> tuple[dict[str, An
     if file is None:
         raise AdapterError(f"{folder}: has {CONFIG} but no {WEIGHTS}; the adapter was not saved completely")
     try:
-        pickle = file.suffix == ".bin"
-        found = torch.load(file, map_location="cpu", weights_only=True) if pickle else load_file(file)
+        is_pickle = file.suffix == ".bin"
+        state_dict = torch.load(file, map_location="cpu", weights_only=True) if is_pickle else load_file(file)
     except Exception as error:  # both libraries raise many types for a damaged file, none of them documented
         raise AdapterError(f"{file}: damaged or cut off ({first_line(error)}); save or copy it again") from error
     tensors: dict[str, Tensor] = {}
-    for name, value in found.items():
+    for name, value in state_dict.items():
         check_finite(value, f"{file}: tensor {name.removeprefix(PREFIX)}")
         plain = plain_name(name).replace(".modules_to_save.default.", ".")
         if not torch.equal(tensors.setdefault(plain, value), value):
@@ -102,15 +102,15 @@ def read_folder(folder: Path, modules: Iterable[str] = ()) -> tuple[dict[str, An
 def _check_config(config: Mapping[str, Any], tensors: Iterable[str], source: str) -> None:
     """Check the types of the settings that are read, and that no pattern takes long to match; name what is unknown."""
     # Of other methods a rank and its like may be anything: OFT's r is 0 where its blocks have a size.
-    others = (
+    unchecked = (
         () if config["peft_type"] in [*FORMATS] else ("r", "init_r", "lora_alpha", "rank_pattern", "alpha_pattern")
     )
     try:
-        _Settings.model_validate({name: value for name, value in config.items() if name not in others})
+        _Settings.model_validate({name: value for name, value in config.items() if name not in unchecked})
     except ValidationError as error:
         first = error.errors()[0]
-        why = first["msg"].replace("Input should be", "expected")
-        raise AdapterError(f"{source}: {first['loc'][0]} is {first['input']!r}; {why}") from None
+        expected = first["msg"].replace("Input should be", "expected")
+        raise AdapterError(f"{source}: {first['loc'][0]} is {first['input']!r}; {expected}") from None
     peft_config = PEFT_TYPE_TO_CONFIG_MAPPING.get(config["peft_type"])
     if peft_config is not None:
         known = {field.name for field in dataclasses.fields(peft_config)} | {"peft_version"}

@@ -1,4 +1,4 @@
-"""What PEFT saves of HiP-LoRA, LoRA, AdaLoRA and OSF, as plain updates; an error for an adapter that does more."""
+"""Read what PEFT saves of HiP-LoRA, LoRA, AdaLoRA and OSF as plain updates; refuse adapters that do more."""
 
 import math
 import re
@@ -36,7 +36,7 @@ Parts = dict[str, Tensor]
 class Saved:
     """An adapter as PEFT saves it: configuration as in JSON, tensors by name without PEFT's prefix, name in messages.
 
-    Of a live model, `tensors` also has what a layer holds but does not save: U, σ and V, or where OSF started.
+    Of a live model, `tensors` also has what a layer holds but does not save: U, σ and V, or OSF's initial triplets.
     """
 
     config: Mapping[str, Any]
@@ -58,7 +58,7 @@ class Saved:
         """Sort the tensors into those of adapted modules, by module and part, and those of `modules_to_save`."""
         modules: dict[str, Parts] = {}
         extras: Parts = {}
-        whole = self.config.get("modules_to_save") or []
+        saved_whole = self.config.get("modules_to_save") or []
         for saved, tensor in self.tensors.items():
             # Where embeddings are trained whole, PEFT saves its wrappers' copies too, by their inner names.
             name = saved.replace(".modules_to_save.", ".")
@@ -69,13 +69,15 @@ class Saved:
                 modules.setdefault(match[1], {})[match[2]] = tensor
             elif ".base_layer." in name:
                 pass  # PEFT saves a copy of an adapted output head's frozen weight beside its factors
-            elif re.search(_EMBEDDINGS, name) or any(owner.endswith(part) for owner in owners for part in whole):
+            elif re.search(_EMBEDDINGS, name) or any(
+                owner.endswith(module) for owner in owners for module in saved_whole
+            ):
                 extras[name] = tensor  # matched as PEFT does
             else:
                 raise self.error(
                     f"tensor {name} is neither a LoRA factor of a linear layer nor in modules_to_save "
-                    f"({', '.join(whole) or 'none'}); adapters of embeddings or biases are not plain updates: merge "
-                    "it with PEFT instead"
+                    f"({', '.join(saved_whole) or 'none'}); adapters of embeddings or biases are not plain updates: "
+                    "merge it with PEFT instead"
                 )
         if not modules:
             raise self.error(f"no {self.config['peft_type']} tensors in it; nothing was adapted or saved")
@@ -91,11 +93,11 @@ class Saved:
         """Return what a PEFT pattern (`rank_pattern`, `alpha_pattern`, …) says for a module."""
         return for_module(self.config.get(pattern) or {}, module, default)
 
-    def check_rank(self, module: str, found: int, expected: int) -> None:
+    def check_rank(self, module: str, rank: int, expected: int) -> None:
         """Check a factor's rank against the configuration: with another rank its scaling would be wrong."""
-        if found != expected:
+        if rank != expected:
             raise self.error(
-                f"layer {module}: rank {found}, but the configuration says {expected}; the configuration and the "
+                f"layer {module}: rank {rank}, but the configuration says {expected}; the configuration and the "
                 "weights are of different adapters"
             )
 
@@ -118,22 +120,22 @@ def is_low_rank(config: Mapping[str, Any]) -> bool:
 def update_of(saved: Saved) -> AdapterUpdate:
     """Return an adapter as an update, its scaling baked into `B'`; AdapterError if it is not a plain one or damaged."""
     config, kind = saved.config, saved.config["peft_type"]
-    prefix, part, needed, read = FORMATS[kind]
+    prefix, part, required, read = FORMATS[kind]
     if kind == "HIPLORA":
-        gains, stored = config.get("principal_channel", True), config.get("save_factors", True)
-        needed = (*needed, *(["delta"] if gains else []), *(["U", "sigma", "V"] if stored else []))
+        has_gains, has_factors = config.get("principal_channel", True), config.get("save_factors", True)
+        required = (*required, *(["delta"] if has_gains else []), *(["U", "sigma", "V"] if has_factors else []))
     else:
         _check_plain(saved)
     modules, extras = saved.sort(prefix, part)
     factors, channels = _of_parameters(saved, modules) if kind == "LORA" else {}, {}
     for module in sorted({*modules, *saved.fingerprints}):
         parts = modules.get(module, {})
-        if missing := [name for name in needed if name not in parts]:
+        if missing := [name for name in required if name not in parts]:
             raise saved.error(f"tensor {module}.{prefix}{missing[0]} is missing; the adapter was not saved whole")
-        found = read(saved, module, parts)
-        if isinstance(found, Channels):
-            channels[module] = found
-        factors[module] = found.factors() if isinstance(found, Channels) else found
+        update = read(saved, module, parts)
+        if isinstance(update, Channels):
+            channels[module] = update
+        factors[module] = update.factors() if isinstance(update, Channels) else update
     return AdapterUpdate(
         saved.base, kind.lower(), dict(config), factors, saved.fingerprints, extras, channels, saved.source
     )
@@ -148,10 +150,10 @@ def _check_plain(saved: Saved) -> None:
             f"not a plain low-rank update: {', '.join(reasons)} is set. Merge it into the base model with PEFT "
             "(merge_and_unload), or train it as plain LoRA"
         )
-    start = saved.config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_REBASING):
+    initialisation = saved.config.get("init_lora_weights")
+    if isinstance(initialisation, str) and initialisation.lower().startswith(_REBASING):
         raise saved.error(
-            f"init_lora_weights={start!r} moves the base weights, so its saved factors are no update of them; "
+            f"init_lora_weights={initialisation!r} moves the base weights, so its saved factors are no update of them; "
             "save it with model.save_pretrained(path, path_initial_model_for_weight_conversion=…), which writes "
             "the difference as plain LoRA"
         )
@@ -176,14 +178,14 @@ def _of_parameters(saved: Saved, modules: dict[str, Parts]) -> dict[str, Pair]:
     targets = saved.config.get("target_parameters") or ()
     factors: dict[str, Pair] = {}
 
-    def take(called: str, name: str) -> tuple[Parts, int]:
-        parts = modules.pop(called)
+    def take(prefix: str, name: str) -> tuple[Parts, int]:
+        parts = modules.pop(prefix)
         saved.check_shapes(all(part in parts and parts[part].dim() == 2 for part in "AB"), name, parts)
         return parts, saved.setting("rank_pattern", name, saved.value("r"))
 
     for module in sorted({name.partition(".base_layer")[0] for name in modules} if targets else ()):
-        own = (f"{module}.{target.rpartition('.')[2]}" for target in targets)
-        names = {name for name in own if any(f".{name}".endswith(f".{target}") for target in targets)}
+        candidates = (f"{module}.{target.rpartition('.')[2]}" for target in targets)
+        names = {name for name in candidates if any(f".{name}".endswith(f".{target}") for target in targets)}
         if _is_layer(saved.config.get("target_modules") or (), module):
             continue
         if (weight := f"{module}.weight") in names:
@@ -194,15 +196,15 @@ def _of_parameters(saved: Saved, modules: dict[str, Parts]) -> dict[str, Pair]:
                 )
             factors[module] = _lora(saved, weight, parts)
             continue
-        found = stacks(f"{name}.0" for name in names)
-        held = {name for name in modules if name.partition(".base_layer")[0] == module}
-        if not names or {called for called, _ in found.values()} != held:
+        parameters = {name: prefix for name, (prefix, _) in stacks(f"{name}.0" for name in names).items()}
+        prefixes = {name for name in modules if name.partition(".base_layer")[0] == module}
+        if not names or {*parameters.values()} != prefixes:
             raise saved.error(
                 f"layer {module}: its tensors are not those of experts that target_parameters names; the configuration "
                 "and the weights are of different adapters, or of experts of another kind: merge it with PEFT instead"
             )
-        for name, (called, _) in found.items():
-            parts, r = take(called, name)
+        for name, prefix in parameters.items():
+            parts, r = take(prefix, name)
             saved.check_shapes(r > 0 and len(parts["A"]) % r == 0, name, parts)
             A, experts = parts["A"].split(r), len(parts["A"]) // r
             saved.check_shapes(parts["B"].shape[1] == experts * r, name, parts)
@@ -226,19 +228,20 @@ def _adalora(saved: Saved, module: str, parts: Parts) -> Pair:
     """
     A, B, E = parts["A"].float(), parts["B"].float(), parts["E"].float().reshape(-1, 1)
     saved.check_shapes(A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == len(E), module, parts)
-    r, started = A.shape[0], saved.value("init_r")
-    kept = {n.partition(".lora_E")[0]: sum(on) for n, on in (saved.config.get("rank_pattern") or {}).items()}
-    saved.check_rank(module, r, kept.get(module, started))
+    r, init_r = A.shape[0], saved.value("init_r")
+    masks = saved.config.get("rank_pattern") or {}
+    ranks = {name.partition(".lora_E")[0]: sum(mask) for name, mask in masks.items()}
+    saved.check_rank(module, r, ranks.get(module, init_r))
     if r == 0:
         return torch.zeros(1, A.shape[1]), torch.zeros(B.shape[0], 1)
     alpha = saved.value("lora_alpha") or 0
-    return A * E, (alpha if alpha > 0 else r) / (started + _ADALORA_SMALL) * B
+    return A * E, (alpha if alpha > 0 else r) / (init_r + _ADALORA_SMALL) * B
 
 
 def _osf(saved: Saved, module: str, parts: Parts) -> Pair:
-    """Return what the q smallest singular triplets of a weight became less what they were, of rank 2q.
+    """Return the change of the q smallest singular triplets of a weight, of rank 2q.
 
-    What they were is in a live model's layers, or computed from the base weights on disk as PEFT computes it.
+    The initial triplets are in a live model's layers, or computed from the base weights on disk as PEFT computes them.
     """
     U, S, V = (parts[f"{name}_low"].float() for name in "USV")
     fit = U.dim() == V.dim() == 2 and U.shape[1] == len(V) == len(S) <= min(len(U), V.shape[1])
@@ -247,8 +250,8 @@ def _osf(saved: Saved, module: str, parts: Parts) -> Pair:
         U0, S0, V0 = (parts[f"{name}_low_init"].float() for name in "USV")
     else:
         U0, S0, V0 = torch.linalg.svd(saved.weights.weight(module).float(), full_matrices=False)
-        kept = len(S0) - len(S)
-        U0, S0, V0 = U0[:, kept:], S0[kept:], V0[kept:]
+        frozen = len(S0) - len(S)
+        U0, S0, V0 = U0[:, frozen:], S0[frozen:], V0[frozen:]
     if U0.shape != U.shape or V0.shape != V.shape:
         raise saved.error(
             f"layer {module}: the adapter is for a weight ({len(U)}, {V.shape[1]}), and the base model's is "
@@ -297,11 +300,11 @@ def _factors(saved: Saved, module: str, k: int) -> Parts:
             f"layer {module}: the weight in {saved.base} is not the one this adapter was made for; saved "
             "without its factors, the adapter needs the very same values: pass the right one as base=… (--base)"
         )
-    found = FactorStore().get_or_compute(weight, k, float(config.get("svd_tolerance", 1e-4)), name=module)
-    return {"U": found.U, "sigma": found.sigma, "V": found.V}
+    factors = FactorStore().get_or_compute(weight, k, float(config.get("svd_tolerance", 1e-4)), name=module)
+    return {"U": factors.U, "sigma": factors.sigma, "V": factors.V}
 
 
-# PEFT's type → what stands before a tensor's part in its name, the parts, those that every module has, their reader.
+# PEFT's type → prefix of a part in a tensor's name, pattern of the parts, parts that every module has, reader.
 FORMATS: dict[str, tuple[str, str, tuple[str, ...], Callable[..., Pair | Channels]]] = {
     "LORA": ("lora_", "[AB]", ("A", "B"), _lora),
     "ADALORA": ("lora_", "[ABE]", ("A", "B", "E"), _adalora),

@@ -74,14 +74,14 @@ def allocation_rows(
             factors = store.get_or_compute(weight, min(rank or DEFAULT_RANK, m, n), name=module)
         else:
             factors = channels
-        found, k = allocate(B, A, factors.U, factors.V), len(factors.sigma)
+        allocation, k = allocate(B, A, factors.U, factors.V), len(factors.sigma)
         row = {
             **module_place(module),
             "rank": k,
-            **{name: getattr(found, name) for name in ("norm", "left", "right", "both")},
+            **{name: getattr(allocation, name) for name in ("norm", "left", "right", "both")},
             "chance": 1 - (1 - k / m) * (1 - k / n),
             "sigma": factors.sigma.tolist(),
-            "gains": found.gains.tolist(),
+            "gains": allocation.gains.tolist(),
             "leak": channels.leak() if channels is not None and channels.leak_limit is not None else None,
         }
         rows.append(row)
@@ -100,9 +100,9 @@ def _verdict(record: Mapping[str, Any]) -> str:
     """Return the record in a sentence."""
     total, leak = record["summary"], record["summary"]["max_leak"]
     inside = total["left"] + total["right"] - total["both"]
-    said = f"{inside:.1%} of the update's energy touches"
+    touched = f"{inside:.1%} of the update's energy touches"
     chance = f"a random update has {total['chance']:.1%} there"
     if record["directions"] == "singular":
-        return f"{said} the {record['principal_rank']} leading singular directions of each weight; {chance}."
+        return f"{touched} the {record['principal_rank']} leading singular directions of each weight; {chance}."
     promise = "promises no complement" if leak is None else f"leaks {leak:.0e} at most beside its gains"
-    return f"{said} the directions that the adapter protects; {chance}. It {promise}."
+    return f"{touched} the directions that the adapter protects; {chance}. It {promise}."

@@ -51,11 +51,11 @@ def save_as_lora(
         adapter: name of the adapter in a model.
         scale: write the update times this number.
         pad_rank: write every module at this rank, filled up with zeros, for servers that want one fixed rank.
-        prefix: what stands for the leading "model" in the modules' names, for servers of multimodal checkpoints
-            ("model.language_model"); it then loads over no causal language model, and logits are not compared.
+        prefix: replaces the leading "model" of the modules' names, for servers of multimodal checkpoints
+            ("model.language_model"); the result loads over no causal language model, and logits are not compared.
         base: base model, path or name, instead of the one in the configuration.
         dtype: "float32", "bfloat16" or "float16"; the last two round, and the record says how much.
-        check_logits: also compare logits, if the base model of a folder or an update is at hand and fits into memory.
+        check_logits: also compare logits, if the base model of a folder or update is available and fits into memory.
         device: to compare them on, in fp32; "auto" is a GPU where there is one.
         details: more fields of `export.json`, for JSON.
 
@@ -147,11 +147,11 @@ def save_as_hiplora(
     """
     update = open_update(update, path, overwrite)
     config, tensors = _hiplora_config(update), dict(update.extras)
-    for module, found in update.channels.items():
+    for module, channels in update.channels.items():
         for part in ("A", "B", "U", "sigma", "V", *(["delta"] if config.principal_channel else [])):
-            tensor = getattr(found, part)
+            tensor = getattr(channels, part)
             name = f"{module}.hiplora_{part}" + (".weight" if part in ("A", "B", "delta") else "")
-            tensors[name] = torch.zeros_like(found.sigma) if tensor is None else tensor  # no gains are gains of zero
+            tensors[name] = torch.zeros_like(channels.sigma) if tensor is None else tensor  # no gains: gains of zero
     with staged_dir(path, overwrite) as staged:
         _save_tensors(tensors, staged)
         config.save_pretrained(str(staged))
@@ -161,15 +161,18 @@ def save_as_hiplora(
 def _hiplora_config(update: AdapterUpdate) -> HipLoraConfig:
     """Return the configuration of an update whose modules all have channels of one kind; AdapterError if not."""
     channels = update.channels
-    sides = next((found.sides for found in channels.values()), "")
+    sides = next((one.sides for one in channels.values()), "")
     for module in update.factors:
-        found, why = channels.get(module), "has no two channels in one basis there"
-        if found is not None:
-            why = f"protects the sides {found.sides!r} there, but {sides!r} elsewhere"
-        if found is None or found.sides != sides:
+        if module not in channels:
+            problem = "has no two channels in one basis there"
+        elif (own_sides := channels[module].sides) != sides:
+            problem = f"protects the sides {own_sides!r} there, but {sides!r} elsewhere"
+        else:
+            problem = ""
+        if problem:
             raise AdapterError(
-                f"layer {module}: {update.source} {why}, so it is no HiP-LoRA adapter; save it as plain LoRA, which is "
-                "as exact"
+                f"layer {module}: {update.source} {problem}, so it is no HiP-LoRA adapter; save it as plain LoRA, "
+                "which is as exact"
             )
     r, rank_pattern = _pattern({module: c.A.shape[0] for module, c in channels.items()})
     alpha, alpha_pattern = _pattern({module: c.scaling * c.A.shape[0] for module, c in channels.items()})
@@ -203,12 +206,12 @@ def write_lora(
 ) -> None:
     """Write an update's tensors and stock configuration into an existing folder; nothing is verified.
 
-    `targets` are those of `stock_targets`, untried if None. AdapterError if a value overflows `dtype`; ConfigError if a
-    rank exceeds `pad_rank`.
+    `targets` are those of `stock_targets`; None makes them without a model to try them on. AdapterError if a value
+    overflows `dtype`; ConfigError if a rank exceeds `pad_rank`.
     """
     targets = targets or stock_targets(update, None)
     tensors, ranks, parameters = {}, {}, targets["target_parameters"] or ()
-    for name, (called, modules) in stacks(update.factors).items():
+    for name, (prefix, modules) in stacks(update.factors).items():
         if modules != [name] and modules != (all_of := [f"{name}.{index}" for index in range(len(modules))]):
             raise AdapterError(
                 f"layer {min({*all_of} - {*modules})}: is not adapted, but other experts of {name} are, and LoRA has "
@@ -226,11 +229,11 @@ def write_lora(
         A = torch.cat([nn.functional.pad(A, (0, 0, 0, rank - len(A))) for A, _ in pairs])
         B = torch.stack([nn.functional.pad(B, (0, rank - B.shape[1])) for _, B in pairs], dim=2).flatten(1)
         for part, tensor in (("lora_A", A), ("lora_B", B)):
-            tensors[f"{called}.{part}.weight"] = tensor.to(dtype)
+            tensors[f"{prefix}.{part}.weight"] = tensor.to(dtype)
             check_finite(tensor.to(dtype), f"layer {name}: {part} in {str(dtype).removeprefix('torch.')}")
     _save_tensors(tensors | dict(update.extras), folder)
-    r, other = _pattern(ranks)
-    scaling_one: dict[str, Any] = {"r": r, "rank_pattern": other, "lora_alpha": r, "alpha_pattern": dict(other)}
+    r, pattern = _pattern(ranks)
+    scaling_one = {"r": r, "rank_pattern": pattern, "lora_alpha": r, "alpha_pattern": dict(pattern)}
     LoraConfig(**scaling_one, **targets, **shared_fields(update)).save_pretrained(str(folder))
 
 
@@ -241,14 +244,14 @@ def _save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the most usual of the modules' values, and PEFT's pattern for those that have another one."""
-    usual = Counter(values.values()).most_common(1)[0][0]
+    """Return the modules' most frequent value, and PEFT's pattern for the modules that have another one."""
+    default = Counter(values.values()).most_common(1)[0][0]
     # PEFT takes the first pattern that matches a name's end, so longer names come first.
     longest_first = sorted(values.items(), key=lambda item: -len(item[0]))
-    return usual, {module: value for module, value in longest_first if value != usual}
+    return default, {module: value for module, value in longest_first if value != default}
 
 
 def shared_fields(update: AdapterUpdate) -> dict[str, Any]:
-    """Return the fields that the configuration of an update has in any format, beside ranks and modules."""
+    """Return the fields of an update's configuration, beside ranks and modules, that every format has."""
     carried = {key: update.config.get(key) for key in CARRIED}
     return {"inference_mode": True, "base_model_name_or_path": update.base or None, **carried}

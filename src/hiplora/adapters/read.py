@@ -23,9 +23,9 @@ from hiplora.adapters.update import AdapterUpdate, Pair, zero_pair
 from hiplora.errors import AdapterError, first_line
 from hiplora.models import hub_name
 
-# What a live layer holds for an adapter beside what it saves → the tensor's name.
-_HELD = {f"hiplora_{part}": f"hiplora_{part}" for part in ("U", "sigma", "V", "shrink_U", "shrink_V")}
-_HELD |= {f"_osf_{part}_low_init": f"osf_svd_params.{part}_low_init" for part in "USV"}
+# Attributes in which a live layer holds tensors that an adapter does not save → the tensor's name.
+_UNSAVED = {f"hiplora_{part}": f"hiplora_{part}" for part in ("U", "sigma", "V", "shrink_U", "shrink_V")}
+_UNSAVED |= {f"_osf_{part}_low_init": f"osf_svd_params.{part}_low_init" for part in "USV"}
 _RANK_TOLERANCE = 1e-6  # of the largest singular value of a difference of weights
 
 
@@ -79,9 +79,9 @@ def update_from_model(model: nn.Module, adapter: str = "default") -> AdapterUpda
         if pattern is not None:
             live.rank_pattern = pattern  # PEFT renames its keys when it returns an AdaLoRA adapter's tensors
     for name, layer in model.named_modules():
-        for attribute, saved in _HELD.items():
-            if adapter in (held := getattr(layer, attribute, {})):
-                state[f"{name}.{saved}"] = held[adapter]
+        for attribute, saved in _UNSAVED.items():
+            if adapter in (tensors_of := getattr(layer, attribute, {})):
+                state[f"{name}.{saved}"] = tensors_of[adapter]
     tensors = {name.removeprefix(PREFIX): value.detach().cpu() for name, value in state.items()}
     return update_of(Saved(config, tensors, source, base))
 
@@ -93,19 +93,19 @@ def attached(model: nn.Module, folder: str | os.PathLike) -> Iterator[PeftModel]
     AdapterError if the folder is damaged (`read_folder`), does not change weights, or is not for this model.
     """
     config, _ = read_folder(Path(folder), dict(model.named_modules()))
-    kind, given, own = config["peft_type"], config.get("base_model_name_or_path"), getattr(model, "name_or_path", "")
+    kind, base, name = config["peft_type"], config.get("base_model_name_or_path"), getattr(model, "name_or_path", "")
     if not issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(kind, BaseTuner), BaseTuner):
         raise AdapterError(
             f"{folder}: {kind} changes what the model reads, not its weights: it is no update, and cannot be measured"
         )
-    if given and own and Path(hub_name(given)).resolve().name != Path(hub_name(own)).resolve().name:
-        what = "unless these are the same weights, the results say nothing about the adapter"
-        warnings.warn(f"{folder}: was made for {given}, and is put on {own}; {what}", stacklevel=4)
-    loaded: list[Any] = []
-    watch = model.register_load_state_dict_post_hook(lambda _, keys: loaded.append(keys))
+    if base and name and Path(hub_name(base)).resolve().name != Path(hub_name(name)).resolve().name:
+        caveat = "unless these are the same weights, the results say nothing about the adapter"
+        warnings.warn(f"{folder}: was made for {base}, and is put on {name}; {caveat}", stacklevel=4)
+    incompatible_keys: list[Any] = []
+    handle = model.register_load_state_dict_post_hook(lambda _, keys: incompatible_keys.append(keys))
     try:
         with quiet_loading():
-            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # said by `read_folder`
+            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # `read_folder` warns of them
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, str(folder)).eval()
     except AdapterError:
@@ -115,10 +115,10 @@ def attached(model: nn.Module, folder: str | os.PathLike) -> Iterator[PeftModel]
             f"{folder}: cannot be put on the model ({first_line(error)}); check that it is for this base"
         ) from error
     finally:
-        watch.remove()
+        handle.remove()
     try:
-        if foreign := [name for keys in loaded for name in keys.unexpected_keys]:
-            raise AdapterError(f"{folder}: the model has no place for {foreign[0]}; check that it is for this base")
+        if unexpected := [name for keys in incompatible_keys for name in keys.unexpected_keys]:
+            raise AdapterError(f"{folder}: the model has no place for {unexpected[0]}; check that it is for this base")
         yield adapted
     finally:
         # `unload` would leave the adapter's copies of whole modules behind.
@@ -140,17 +140,18 @@ def _difference(model: nn.Module, adapter: str, config: Mapping[str, Any], sourc
     for name, layer in tqdm([*model.named_modules()], "reading layers", disable=None, delay=2, leave=False):
         plain = name.removeprefix(PREFIX)
         if isinstance(layer, ModulesToSaveWrapper) and adapter in layer.modules_to_save:
-            own = layer.modules_to_save[adapter].named_parameters()
-            extras |= {f"{plain}.{part}": value.detach().cpu() for part, value in own}
+            parameters = layer.modules_to_save[adapter].named_parameters()
+            extras |= {f"{plain}.{part}": value.detach().cpu() for part, value in parameters}
         if not isinstance(layer, BaseTunerLayer) or adapter not in layer._get_available_adapters():
             continue
         merged: Any = copy.deepcopy(layer)
         inner = merged.cpu().double().get_base_layer()
         if not is_product(inner) or not inner.weight.is_floating_point():
-            what = "which is no linear layer" if not is_product(inner) else "which is quantised"
-            raise AdapterError(f"{source}: {kind} adapts {plain}, {what}; merge it with PEFT instead")
+            problem = "which is no linear layer" if not is_product(inner) else "which is quantised"
+            raise AdapterError(f"{source}: {kind} adapts {plain}, {problem}; merge it with PEFT instead")
         try:
-            merged.unmerge()
+            if merged.merged:
+                merged.unmerge()
             before, bias = weight_of(inner).clone(), None if inner.bias is None else inner.bias.clone()
             merged.merge(adapter_names=[adapter])
         except Exception as error:  # whatever a method that cannot be merged, or not in float64, raises

@@ -107,7 +107,15 @@ class AdapterUpdate:
         return replace(self, factors=factors, channels=channels)
 
     def renamed(self, prefix: str) -> "AdapterUpdate":
-        """Return the update with `prefix` in place of the leading "model" of every module's and parameter's name."""
+        """Return the update with `prefix` in place of the leading "model" of every module's and parameter's name.
+
+        ConfigError if no module's name begins with it.
+        """
+        if not any(name.startswith("model.") for name in self.factors):
+            raise ConfigError(
+                f"prefix {prefix!r} takes the place of a leading 'model', and no adapted module has one, such as "
+                f"{next(iter(self.factors))}; leave it out"
+            )
         moved: dict[str, Any] = {
             part: {re.sub(r"^model(?=\.)", prefix, name): value for name, value in getattr(self, part).items()}
             for part in ("factors", "channels", "extras")

@@ -1,4 +1,4 @@
-"""Where merged adapters conflict, module by module: in factor space, on the weighted updates before a rule acts."""
+"""Measure where merged adapters conflict, per module, in factor space, on the weighted updates before a rule acts."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ from hiplora.spectral import full_precision
 RANK_TOLERANCE = 1e-3
 # An update this far below its factors is what rounding left of terms that cancel: zero, as with B = 0.
 _ROUNDING = torch.finfo(torch.float32).eps
-_CHUNK = 1 << 18  # entries of a dense update that are held at a time
+_CHUNK = 1 << 18  # entries of a dense update that are in memory at a time
 Record = dict[str, Any]
 
 
@@ -80,13 +80,13 @@ def cancelled(factors: Sequence[Pair]) -> tuple[float, float]:
 def conflicts(updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> list[Record]:
     """Measure how the weighted updates of several adapters go together: a record a module, in the model's order.
 
-    The adapters must fit together, as `merge` checks. A record compares those (`adapters`, their places from 0) that
+    The adapters must fit together, as `merge` checks. A record compares those (`adapters`, their indices from 0) that
     adapt the module: their `norms`; `sum_norm` = ‖Σ_t w_t ΔW_t‖_F; `norm_ratio`, the norm of the sum over the sum of
     the norms (1 where all agree, 0 where all is lost), beside `unrelated`, what orthogonal updates of these norms have;
     `magnitude` and `sign_conflict`, the share of it that cancels entry by entry; `pairs`, each with the overlap of what
     they write (`left`) and read (`right`), `cosine` and `score` = `√(left · right) · (1 − cosine) / 2` (0: they do not
-    meet or agree, 1/2: unrelated in the same directions, 1: opposites), pairs with a zero update left out; `score`, the
-    largest of the pairs. A value is None where it is not defined, as for zero updates.
+    overlap, or agree; 1/2: unrelated in the same directions; 1: opposite), without pairs that have a zero update;
+    `score`, the largest of the pairs. A value is None where it is not defined, as for zero updates.
     """
     modules = sorted({module for update in updates for module in update.factors}, key=model_order)
     with full_precision(torch.device("cpu")):
@@ -94,30 +94,30 @@ def conflicts(updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> lis
 
 
 def _conflict(module: str, updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> Record:
-    places = [place for place, update in enumerate(updates) if module in update.factors]
+    adapters = [index for index, update in enumerate(updates) if module in update.factors]
     factors = []
-    for place in places:
-        A, B = updates[place].factors[module]
-        factors.append((A.detach().float(), weights[place] * B.detach().float()))
-    (m, n), small = updates[places[0]].shape(module), compress(factors)
-    spans = [spaces(pair) for pair in small]
+    for index in adapters:
+        A, B = updates[index].factors[module]
+        factors.append((A.detach().float(), weights[index] * B.detach().float()))
+    (m, n), compressed = updates[adapters[0]].shape(module), compress(factors)
+    spans = [spaces(pair) for pair in compressed]
     norms = [norm for _, _, norm in spans]
     total = sum(norms)
-    sum_norm = (torch.cat([B for _, B in small], dim=1) @ torch.cat([A for A, _ in small])).norm().item()
+    sum_norm = (torch.cat([B for _, B in compressed], dim=1) @ torch.cat([A for A, _ in compressed])).norm().item()
     lost, magnitude = cancelled(factors)
     pairs: list[Record] = []
-    for i, j in combinations(range(len(places)), 2):
+    for i, j in combinations(range(len(adapters)), 2):
         if norms[i] and norms[j]:
             left, right = overlap(spans[i][0], spans[j][0], m), overlap(spans[i][1], spans[j][1], n)
-            (A, B), (A_other, B_other) = small[i], small[j]
+            (A, B), (A_other, B_other) = compressed[i], compressed[j]
             inner = ((B.T @ B_other) * (A @ A_other.T)).sum().item()
             cosine = max(-1.0, min(1.0, inner / (norms[i] * norms[j])))
             score = math.sqrt(left["mean"] * right["mean"]) * (1 - cosine) / 2
-            both = [places[i], places[j]]
-            pairs.append({"adapters": both, "left": left, "right": right, "cosine": cosine, "score": score})
+            pair = [adapters[i], adapters[j]]
+            pairs.append({"adapters": pair, "left": left, "right": right, "cosine": cosine, "score": score})
     return {
         **module_place(module),
-        "adapters": places,
+        "adapters": adapters,
         "norms": norms,
         "sum_norm": sum_norm,
         "norm_ratio": _share(sum_norm, total),
@@ -139,8 +139,8 @@ def merge_report(updates: Mapping[str, AdapterUpdate], weights: Sequence[float],
     scored = sorted((row for row in rows if row["score"]), key=lambda row: -row["score"])
     pairs = [pair for row in rows for pair in row["pairs"]]
 
-    def cosine(*places: int) -> float | None:
-        return _mean(pair["cosine"] for pair in pairs if pair["adapters"] == sorted(places))
+    def cosine(*adapters: int) -> float | None:
+        return _mean(pair["cosine"] for pair in pairs if pair["adapters"] == sorted(adapters))
 
     return {
         "schema": 1,
@@ -173,13 +173,13 @@ def totals(rows: Sequence[Record]) -> Record:
     is what unrelated updates of these sizes would give. `shared` counts the modules that two or more adapters change.
     """
     pairs = [pair for row in rows for pair in row["pairs"]]
-    alone: dict[int, list[float]] = {}
+    norms_of: dict[int, list[float]] = {}
     for row in rows:
-        for place, norm in zip(row["adapters"], row["norms"], strict=True):
-            alone.setdefault(place, []).append(norm)
-    norms = [math.hypot(*own) for own in alone.values()]
+        for adapter, norm in zip(row["adapters"], row["norms"], strict=True):
+            norms_of.setdefault(adapter, []).append(norm)
+    norms = [math.hypot(*values) for values in norms_of.values()]
     total, magnitude = sum(norms), sum(row["magnitude"] for row in rows)
-    clash = sum(row["magnitude"] * (row["sign_conflict"] or 0.0) for row in rows)
+    cancelling = sum(row["magnitude"] * (row["sign_conflict"] or 0.0) for row in rows)
     return {
         "modules": len(rows),
         "shared": sum(bool(row["pairs"]) for row in rows),
@@ -188,7 +188,7 @@ def totals(rows: Sequence[Record]) -> Record:
         "cosine": _mean(pair["cosine"] for pair in pairs),
         "norm_ratio": _share(math.hypot(*(row["sum_norm"] for row in rows)), total),
         "unrelated": _share(math.hypot(*norms), total),
-        "sign_conflict": _share(clash, magnitude),
+        "sign_conflict": _share(cancelling, magnitude),
     }
 
 

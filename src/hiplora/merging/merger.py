@@ -25,7 +25,7 @@ _CPU = torch.device("cpu")
 class DenseMerge(AdapterUpdate):
     """The update of a merge by a dense rule, of full rank: it has no thin factors.
 
-    Only the adapters' factors are held (`terms`, by module); all updates together would be a second model.
+    It holds only the adapters' factors (`terms`, by module); all updates together would be a second model.
     """
 
     terms: Mapping[str, Sequence[Term]] = field(default_factory=dict)
@@ -102,30 +102,33 @@ def merge(
         update.check_leak()
     _check_compatible(updates, base)
     pairs = list(zip(updates, numbers, strict=True))
-    kept = [(update, weight) for update, weight in pairs if weight] or pairs
-    if len(kept) == 1 and (weight := kept[0][1]) != 1:
-        kept[0][0].refuse_extras(f"scaled; its weight is {weight:g}, give it 1")
+    weighted = [(update, weight) for update, weight in pairs if weight] or pairs
+    if len(weighted) == 1 and (weight := weighted[0][1]) != 1:
+        weighted[0][0].refuse_extras(f"scaled; its weight is {weight:g}, give it 1")
     shared: dict[str, Any] = {
         "base": base or updates[0].base,
         "kind": "merged",
-        "config": _merged_config([update for update, _ in kept]),
-        "fingerprints": {module: value for update, _ in kept for module, value in update.fingerprints.items()},
-        "extras": kept[0][0].extras if len(kept) == 1 else {},
+        "config": _merged_config([update for update, _ in weighted]),
+        "fingerprints": {module: value for update, _ in weighted for module, value in update.fingerprints.items()},
+        "extras": weighted[0][0].extras if len(weighted) == 1 else {},
         "source": f"{method} of " + ", ".join(f"{weight:g} × {update.source}" for update, weight in pairs),
     }
     terms: dict[str, list[Term]] = {}
-    for module in sorted({module for update, _ in kept for module in update.factors}):
-        having = [(update, weight) for update, weight in kept if module in update.factors]
-        terms[module] = [Term(one.factors[module], weight, one.channels.get(module)) for one, weight in having]
+    for module in sorted({module for update, _ in weighted for module in update.factors}):
+        terms[module] = [
+            Term(update.factors[module], weight, update.channels.get(module))
+            for update, weight in weighted
+            if module in update.factors
+        ]
     if rule.kind == "dense":
         dense = DenseMerge(factors={}, terms=terms, rule=rule, options=settings, **shared)
         return dense if rank is None else _cut_dense(dense, rank, shared)
     factors, channels = {}, {}
     with full_precision(_CPU):
         for module in tqdm(terms, "merging modules", disable=None, delay=2):
-            factors[module], found = rule.combine(terms[module], **settings)
-            if found is not None:
-                channels[module] = found
+            factors[module], merged_channels = rule.combine(terms[module], **settings)
+            if merged_channels is not None:
+                channels[module] = merged_channels
     exact = AdapterUpdate(factors=factors, channels=channels, **shared)
     return exact if rank is None else truncate(exact, rank, keep_channels)
 
@@ -133,17 +136,17 @@ def merge(
 def truncate(update: AdapterUpdate, rank: int, keep_channels: bool = False) -> AdapterUpdate:
     """Cut every module of an update down to its `rank` strongest singular directions (Eckart and Young 1936).
 
-    With `keep_channels`, a module that has its two channels apart keeps the gains, and only its residual channel is
-    cut. The result's `errors` say what each module lost.
+    With `keep_channels`, a module with two channels keeps its gains, and only its residual channel is cut. The
+    result's `errors` say what each module lost.
     """
     factors, channels, errors = dict(update.factors), dict(update.channels), {}
     with full_precision(_CPU):
         for module, (A, B) in update.factors.items():
-            apart = channels.get(module) if keep_channels else None
-            if apart is not None:
-                (A_cut, B_cut), lost = _cut((apart.A, apart.B), rank)
-                lost *= abs(apart.scaling)
-                channels[module] = replace(apart, A=A_cut, B=B_cut)
+            separate = channels.get(module) if keep_channels else None
+            if separate is not None:
+                (A_cut, B_cut), lost = _cut((separate.A, separate.B), rank)
+                lost *= abs(separate.scaling)
+                channels[module] = replace(separate, A=A_cut, B=B_cut)
                 factors[module] = channels[module].factors()
             else:
                 factors[module], lost = _cut((A, B), rank)
@@ -205,29 +208,29 @@ def _check_compatible(updates: Sequence[AdapterUpdate], base: str | None) -> Non
         return
     seen: dict[tuple[str, str], tuple[Any, AdapterUpdate]] = {}
     for update in updates:
-        shares = any((module, "fingerprint") in seen for module in update.fingerprints)
+        shares_fingerprint = any((module, "fingerprint") in seen for module in update.fingerprints)
         facts: dict[tuple[str, str], Any] = {(module, "shape"): update.shape(module) for module in update.factors}
         facts |= {(module, "fingerprint"): value for module, value in update.fingerprints.items()}
         for (module, fact), value in facts.items():
-            known, other = seen.setdefault((module, fact), (value, update))
-            if known != value:
-                made = [
+            first_value, first = seen.setdefault((module, fact), (value, update))
+            if first_value != value:
+                bases = [
                     " in ".join(filter(None, (one.base or "?", one.config.get("base_precision"))))
-                    for one in (other, update)
+                    for one in (first, update)
                 ]
                 raise AdapterError(
-                    f"layer {module}: {other.source} and {update.source} were made for different base weights (of "
-                    f"{' and '.join(made)}); only adapters of one base model, in one precision, can be merged"
+                    f"layer {module}: {first.source} and {update.source} were made for different base weights (of "
+                    f"{' and '.join(bases)}); only adapters of one base model, in one precision, can be merged"
                 )
-        if update is not updates[0] and not shares and _name(update) != _name(updates[0]):
+        if update is not updates[0] and not shares_fingerprint and _base_name(update) != _base_name(updates[0]):
             raise AdapterError(
-                f"{updates[0].source} is for base model {_name(updates[0])}, {update.source} for {_name(update)}; if "
-                "these are the same model, name it: pass base=… (--base)"
+                f"{updates[0].source} is for base model {_base_name(updates[0])}, {update.source} for "
+                f"{_base_name(update)}; if these are the same model, name it: pass base=… (--base)"
             )
 
 
-def _name(update: AdapterUpdate) -> str:
-    """Return a base model's name and revision so that two spellings of one folder agree."""
+def _base_name(update: AdapterUpdate) -> str:
+    """Return the name and revision of an update's base model; spellings of one folder give one name."""
     base, revision = update.base or "unknown", update.config.get("revision")
     name = str(Path(base).resolve()) if Path(base).exists() else base
     return f"{name}, revision {revision}" if revision not in (None, "main") else name

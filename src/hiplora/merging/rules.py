@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from hiplora.adapters import Channels, Pair
 
 RULES: dict[str, Rule] = {}
-_ENTRIES = 1 << 22  # of a matrix whose float64 copies are in memory at a time
+_CHUNK = 1 << 22  # entries of a matrix whose float64 copies are in memory at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One adapter's update of one module, `weight · B'A'`; `channels` keeps those of a HiP-LoRA module apart."""
+    """One adapter's update of one module, `weight · B'A'`; `channels` are the two of a HiP-LoRA module."""
 
     factors: Pair
     weight: float = 1.0
@@ -49,7 +49,7 @@ class Rule:
     """A merge rule: `combine(terms, **options)`, by what it works on.
 
     Of kind "factors", it takes a sequence of `Term` and returns merged factors and, where it keeps the two channels of
-    HiP-LoRA apart, those too (else None). "dense": it takes a sequence of `DenseTerm` and returns the merged matrix
+    HiP-LoRA separate, those too (else None). "dense": it takes a sequence of `DenseTerm` and returns the merged matrix
     (m, n).
     """
 
@@ -63,18 +63,19 @@ class Rule:
     def defaults(self) -> dict[str, Any]:
         """Its options by name, with their defaults."""
         parameters = inspect.signature(self.combine).parameters.values()
-        return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+        return {option.name: option.default for option in parameters if option.kind is option.KEYWORD_ONLY}
 
-    def options(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return all its options, some of them given; ConfigError if it has none of that name, or a value is wrong."""
-        for name, value in (given or {}).items():
+    def options(self, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return all its options, some with these values; ConfigError if a name is not known or a value is wrong."""
+        values = values or {}
+        for name, value in values.items():
             if name not in self.defaults:
                 known = ", ".join(self.defaults) or "none"
                 raise ConfigError(f"merge rule {self.name!r} has no option {name!r}; its options: {known}")
             accepts, expected = _VALUES[name]
             if not accepts(value) and not (value is None and self.defaults[name] is None):
                 raise ConfigError(f"{name} is {value!r}; expected {expected}")
-        return self.defaults | dict(given or {})
+        return self.defaults | dict(values)
 
 
 def find_rule(name: str) -> Rule:
@@ -148,12 +149,12 @@ def addition(terms: Sequence[Term]) -> tuple[Pair, Channels | None]:
     return factors, channels if len(groups) == 1 else None
 
 
-def _share_basis(one: Term, other: Term) -> bool:
+def _share_basis(first: Term, second: Term) -> bool:
     """Return whether two terms' gains belong to the same directions, bit for bit.
 
     Two decompositions of one weight may rotate directions inside a cluster of equal singular values.
     """
-    a, b = one.channels, other.channels
+    a, b = first.channels, second.channels
     return a is not None and b is not None and a.sides == b.sides and a.U.equal(b.U) and a.V.equal(b.V)
 
 
@@ -250,7 +251,7 @@ def ties(terms: Iterable[DenseTerm], *, density: float = 0.2, scale: float = 1.0
     trimmed = [keep_largest_(term.delta, density) for term in terms]
     weights = torch.tensor([term.weight for term in terms], dtype=torch.float64).view(-1, 1, 1)
     merged = trimmed[0]
-    step = max(1, _ENTRIES // merged.shape[1])
+    step = max(1, _CHUNK // merged.shape[1])
     for rows in (slice(start, start + step) for start in range(0, len(merged), step)):
         # In float64 the sum of a few fp32 numbers has its true sign, whatever their order.
         stacked = torch.stack([delta[rows] for delta in trimmed]).double()

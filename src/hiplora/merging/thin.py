@@ -46,9 +46,8 @@ def shared_outputs(factors: Sequence[Pair]) -> Float[Tensor, "m q"]:
 def polar(columns: Float[Tensor, "m q"]) -> Float[Tensor, "m q"]:
     """Return the orthogonal polar factor: `P Oᵀ` of the columns' SVD `P S Oᵀ`, the nearest orthonormal columns.
 
-    Of linearly dependent columns, directions that none of them has are left out: a partial isometry, whatever their
-    order.
+    For linearly dependent columns it is a partial isometry on their span, whatever their order.
     """
     P, sigma, Ot = torch.linalg.svd(columns, full_matrices=False)
-    kept = sigma > _SAME_DIRECTION
-    return P[:, kept] @ Ot[kept]
+    spanned = sigma > _SAME_DIRECTION
+    return P[:, spanned] @ Ot[spanned]

@@ -1,4 +1,4 @@
-"""What is drawn at random: the paper's hierarchical bootstrap, a plain one, sign flips, and the merges to try."""
+"""Draw at random: the paper's hierarchical bootstrap, a plain one, sign flips, and the merges to try."""
 
 import itertools
 import math
@@ -60,9 +60,9 @@ def paired_bootstrap(
     seeds = generator.integers(len(blocks), size=(replicates, len(blocks)))
     means = np.empty((*seeds.shape, len(values)))
     for index, block in enumerate(blocks):
-        places = seeds == index
-        counts = _drawn_counts(len(block), int(places.sum()), generator)
-        means[places] = np.concatenate([part @ block / len(block) for part in counts] or [means[places]])
+        is_drawn = seeds == index
+        counts = _drawn_counts(len(block), int(is_drawn.sum()), generator)
+        means[is_drawn] = np.concatenate([part @ block / len(block) for part in counts] or [means[is_drawn]])
     estimates = np.mean([block.mean(axis=0) for block in blocks], axis=0)
     draws = np.concatenate([estimates[None], means.mean(axis=1)])
     columns = dict(zip(values, draws.T, strict=True))
@@ -133,6 +133,8 @@ def sign_flip_p_value(
 
     `one[seed][instance]` and `other` are as a method's values in `paired_bootstrap`, and so are the errors.
     """
+    whole_number(permutations, "permutations", 1)
+    whole_number(seed, "seed", 0)
     blocks = _blocks({"one": one, "other": other})  # type: ignore[dict-item]
     parts = np.concatenate([(block[:, 0] - block[:, 1]) / len(block) / len(blocks) for block in blocks])
     parts = parts[parts != 0]
@@ -164,10 +166,13 @@ def merge_instances(
     same merges for every method.
 
     Raises:
-        ConfigError: a size is not in 2 … len(tasks), or `count` or `seed` is out of range.
+        ConfigError: a size is not in 2 … len(tasks), `count` or `seed` is out of range, or a task or seed is repeated.
     """
     whole_number(count, "count", 1)
     whole_number(seed, "seed", 0)
+    for name, values in (("tasks", tasks), ("seeds", seeds)):
+        if len(set(values)) != len(values):
+            raise ConfigError(f"{name} are {values}; expected each of them once")
     for size in sizes:
         if whole_number(size, "size", 2) > len(tasks):
             raise ConfigError(f"size is {size}, and the pool has {len(tasks)} tasks; lower it or add tasks")
@@ -184,8 +189,8 @@ def _draw_merges(
             for subset in itertools.combinations(tasks, size)
             for trained in itertools.product(seeds, repeat=size)
         ]
-        kept = generator.choice(total, min(count, total), replace=False)
-        return [everything[index] for index in sorted(kept)]
+        chosen = generator.choice(total, min(count, total), replace=False)
+        return [everything[index] for index in sorted(chosen)]
     drawn: dict[MergeInstance, None] = {}
     while len(drawn) < count:
         subset = sorted(generator.choice(len(tasks), size, replace=False))

@@ -31,7 +31,7 @@ def retain(base: Scores, adapted: Scores, domain: str) -> float:
     """
     if domain not in base:
         raise ConfigError(f"domain {domain!r} is not among the benchmarks; expected one of {', '.join(base)}")
-    before, after = ({name: one[name] for name in one if name != domain} for one in (base, adapted))
+    before, after = ({name: table[name] for name in table if name != domain} for table in (base, adapted))
     if not before:
         raise DataError(f"base: has no benchmark but the domain {domain!r}; Retain needs others")
     _check_tables(after, before, "adapted", "base", "benchmark")
@@ -176,36 +176,36 @@ def _mean_change(name: str, base: ArrayLike, edited: ArrayLike) -> float:
 def whole_number(value: Any, name: str, least: int) -> int:
     """Return `value` as an int of at least `least`."""
     try:
-        found = operator.index(value)
+        number = operator.index(value)
     except TypeError:
-        found = least - 1
-    if found < least:
+        number = least - 1
+    if number < least:
         raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
-    return found
+    return number
 
 
-def _numbers(values: ArrayLike, what: str, axes: int) -> Floats:
+def _numbers(values: ArrayLike, name: str, axes: int) -> Floats:
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{what}: not an array of numbers ({error})") from None
+        raise DataError(f"{name}: not an array of numbers ({error})") from None
     if array.ndim != axes or array.size == 0:
-        raise DataError(f"{what}: has shape {array.shape}; expected {axes} axes of numbers, not empty")
+        raise DataError(f"{name}: has shape {array.shape}; expected {axes} axes of numbers, not empty")
     return array
 
 
-def finite(values: ArrayLike, what: str, axes: int = 1) -> Floats:
+def finite(values: ArrayLike, name: str, axes: int = 1) -> Floats:
     """Return values as an array of finite numbers with so many axes, not empty."""
-    array = _numbers(values, what, axes)
-    _require(np.isfinite(array), array, what, "a finite number")
+    array = _numbers(values, name, axes)
+    _require(np.isfinite(array), array, name, "a finite number")
     return array
 
 
-def _require(good: NDArray[np.bool_], array: NDArray, what: str, expected: str) -> None:
+def _require(good: NDArray[np.bool_], array: NDArray, name: str, expected: str) -> None:
     if not good.all():
-        place = tuple(np.argwhere(~good)[0].tolist())
-        shown = "".join(f"[{index}]" for index in place)
-        raise DataError(f"{what}{shown} is {array[place]}; expected {expected}")
+        indices = tuple(np.argwhere(~good)[0].tolist())
+        subscript = "".join(f"[{index}]" for index in indices)
+        raise DataError(f"{name}{subscript} is {array[indices]}; expected {expected}")
 
 
 def _check_merges(merged: Sequence[Scores], single: Sequence[Scores]) -> None:
@@ -217,13 +217,13 @@ def _check_merges(merged: Sequence[Scores], single: Sequence[Scores]) -> None:
         _check_tables(after, before, f"merged[{index}]", f"single[{index}]", "task")
 
 
-def _check_tables(found: Scores, expected: Scores, what: str, other: str, kind: str) -> None:
-    """Check that two tables have scores in per cent on the same benchmarks."""
-    for table, here, there in ((found, what, other), (expected, other, what)):
-        for name, value in table.items():
+def _check_tables(first: Scores, second: Scores, first_name: str, second_name: str, kind: str) -> None:
+    """Check that two tables have scores in per cent on the same benchmarks or tasks (`kind`)."""
+    for table, name, other_name in ((first, first_name, second_name), (second, second_name, first_name)):
+        for key, value in table.items():
             if not 0 <= value < math.inf:
-                raise DataError(f"{here}[{name!r}] is {value}; expected a score in per cent, at least 0")
-        if missing := [name for name in (*found, *expected) if name not in table]:
+                raise DataError(f"{name}[{key!r}] is {value}; expected a score in per cent, at least 0")
+        if missing := [key for key in (*first, *second) if key not in table]:
             raise DataError(
-                f"{here}: {kind} {missing[0]!r} is missing, and {there} has it; score both on the same {kind}s"
+                f"{name}: {kind} {missing[0]!r} is missing, and {other_name} has it; score both on the same {kind}s"
             )

@@ -14,8 +14,8 @@ from hiplora.errors import FactorError, FactorSettingError
 from hiplora.spectral.factors import SpectralFactors, Triplets, full_precision, weight_fingerprint, widest
 from hiplora.spectral.svd import as_matrix, certify
 
-_CHUNK = 4096  # tokens that are held in float64 at a time
-_LEAST_BLOCK = 256  # columns of a product that is still worth a call
+_CHUNK = 4096  # tokens that are in float64 at a time
+_LEAST_BLOCK = 256  # columns: the call for a smaller product costs more than it saves
 _INSIDE = 1e-4  # of a unit vector: what lies outside a subspace by less than this counts as inside
 MAX_VECTORS = 2048  # leading eigenvectors kept of a wide input
 
@@ -70,10 +70,10 @@ class SecondMoment:
         """Add tokens; how they are split over calls changes the sum by rounding only."""
         with full_precision(self._sum.device):
             for chunk in inputs.detach().split(_CHUNK):
-                wide = chunk.to(self._sum)
+                upcast = chunk.to(self._sum)
                 for start in range(0, len(self._sum), self._block):  # the lower triangle is enough: half the work
                     end = start + self._block
-                    self._sum[start:end, :end].addmm_(wide[:, start:end].T, wide[:, :end])
+                    self._sum[start:end, :end].addmm_(upcast[:, start:end].T, upcast[:, :end])
         self.tokens += len(inputs)
 
     def eigen(self, name: str = "input") -> MomentBasis:
@@ -90,7 +90,7 @@ class SecondMoment:
         """Return the k smallest eigenvalues, at most n, and their eigenvectors, descending; errors as `eigen`."""
         return self._eigen(name, "inputs", (0, min(k, len(self._sum)) - 1))
 
-    def _eigen(self, name: str, what: str, subset: tuple[int, int] | None) -> MomentBasis:
+    def _eigen(self, name: str, quantity: str, subset: tuple[int, int] | None) -> MomentBasis:
         """Return the eigenpairs of the mean, descending: all, or those of the ascending indices `subset`."""
         if not self.tokens:
             raise FactorError(
@@ -99,13 +99,13 @@ class SecondMoment:
         mean = self.total / self.tokens
         if not torch.isfinite(mean).all():
             raise FactorError(
-                f"layer {name}: its {what} have NaN or Inf on the calibration text; calibrate in float32"
+                f"layer {name}: its {quantity} have NaN or Inf on the calibration text; calibrate in float32"
             )
         if subset is not None and mean.device.type == "cpu":
             values, vectors = map(torch.from_numpy, scipy.linalg.eigh(mean.numpy(), subset_by_index=subset))
         else:
             first, last = subset or (0, len(mean) - 1)
-            values, vectors = (found[..., first : last + 1].cpu() for found in torch.linalg.eigh(mean))
+            values, vectors = (part[..., first : last + 1].cpu() for part in torch.linalg.eigh(mean))
         return MomentBasis(values.flip(0).clamp_min(0.0), vectors.flip(1).float().contiguous(), self.tokens)
 
 
@@ -131,38 +131,38 @@ def activation_factors(
     """
     matrix = as_matrix(weight, k, name)
     m, n = matrix.shape
-    for what, moment, width in (("inputs", inputs, n), ("outputs", outputs, m)):
-        size, kept = (0, 0) if moment is None else moment.vectors.shape
-        if (what == "inputs" or sides != "input") and (size != width or kept < k):
+    for quantity, moment, width in (("inputs", inputs, n), ("outputs", outputs, m)):
+        size, available = (0, 0) if moment is None else moment.vectors.shape
+        if (quantity == "inputs" or sides != "input") and (size != width or available < k):
             raise FactorSettingError(
-                f"layer {name}: principal_rank {k} takes as many directions of its {width} {what}, and the calibration "
-                f"has {kept} of {size} numbers; lower it, or calibrate on this very model"
+                f"layer {name}: principal_rank {k} takes as many directions of its {width} {quantity}, and the "
+                f"calibration has {available} of {size} numbers; lower it, or calibrate on this very model"
             )
     with full_precision(matrix.device):
-        wide = matrix.to(widest(matrix.device))
-        V = inputs.vectors[:, :k].to(wide)
+        upcast = matrix.to(widest(matrix.device))
+        V = inputs.vectors[:, :k].to(upcast)
         if sides == "input" or outputs is None:
-            U = torch.linalg.svd(wide @ V, full_matrices=False).U
+            U = torch.linalg.svd(upcast @ V, full_matrices=False).U
         else:
-            U = outputs.vectors[:, :k].to(wide)
-        factors = _diagonal(matrix, wide, U, V, "eigen")
-        found: dict[str, Any] = {"basis": f"activation:{sides}", "fingerprint": weight_fingerprint(weight)}
+            U = outputs.vectors[:, :k].to(upcast)
+        factors = _diagonal(matrix, upcast, U, V, "eigen")
+        fields: dict[str, Any] = {"basis": f"activation:{sides}", "fingerprint": weight_fingerprint(weight)}
         if sides != "input" and outputs is not None:
-            found["shrink_U"] = _shrink(outputs, factors.U)
+            fields["shrink_U"] = _shrink(outputs, factors.U)
         if sides != "output":
-            found["shrink_V"] = _shrink(inputs, factors.V)
-    return dataclasses.replace(factors, **found)
+            fields["shrink_V"] = _shrink(inputs, factors.V)
+    return dataclasses.replace(factors, **fields)
 
 
 def unite(bases: Sequence[Float[Tensor, "n _"]], rank: int) -> Float[Tensor, "n k"]:
     """Return an orthonormal basis of a sum of subspaces: the first, then what lies furthest outside, up to `rank`."""
     with full_precision(bases[0].device):
-        found = bases[0].to(widest(bases[0].device))
+        union = bases[0].to(widest(bases[0].device))
         for basis in bases[1:]:
-            outside = basis.to(found) - found @ (found.T @ basis.to(found))
+            outside = basis.to(union) - union @ (union.T @ basis.to(union))
             directions, lengths, _ = torch.linalg.svd(outside, full_matrices=False)
-            found = torch.cat([found, directions[:, lengths > _INSIDE]], dim=1)
-        return torch.linalg.qr(found[:, :rank]).Q.to(bases[0])
+            union = torch.cat([union, directions[:, lengths > _INSIDE]], dim=1)
+        return torch.linalg.qr(union[:, :rank]).Q.to(bases[0])
 
 
 def united_factors(
@@ -172,24 +172,24 @@ def united_factors(
 
     Both sides get as many directions, at most half of min(m, n), so that a complement to learn in is left.
     """
-    most = max(later.rank, before[0].shape[1], min(weight.shape) // 2)
-    U, V = (unite([old, new.to(old)], most) for old, new in zip(before, (later.U, later.V), strict=True))
+    limit = max(later.rank, before[0].shape[1], min(weight.shape) // 2)
+    U, V = (unite([old, new.to(old)], limit) for old, new in zip(before, (later.U, later.V), strict=True))
     k = min(U.shape[1], V.shape[1])
     with full_precision(weight.device):
-        wide = weight.to(widest(weight.device))
-        factors = _diagonal(weight, wide, U[:, :k].to(wide), V[:, :k].to(wide), "union")
+        upcast = weight.to(widest(weight.device))
+        factors = _diagonal(weight, upcast, U[:, :k].to(upcast), V[:, :k].to(upcast), "union")
     return dataclasses.replace(factors, basis=later.basis, fingerprint=weight_fingerprint(weight))
 
 
-def _diagonal(weight: Tensor, wide: Tensor, U: Tensor, V: Tensor, method: str) -> SpectralFactors:
-    """Rotate U (m, k) and V (n, k) inside their subspaces so that `UᵀWV` is diagonal; `wide` is W in their dtype."""
-    P, sigma, Qt = torch.linalg.svd(U.T @ wide @ V)
+def _diagonal(weight: Tensor, upcast: Tensor, U: Tensor, V: Tensor, method: str) -> SpectralFactors:
+    """Rotate U (m, k) and V (n, k) inside their subspaces so that `UᵀWV` is diagonal; `upcast` is W in their dtype."""
+    P, sigma, Qt = torch.linalg.svd(U.T @ upcast @ V)
     return certify(weight, Triplets(U @ P, sigma, V @ Qt.T), method)
 
 
 def _shrink(moment: MomentBasis, directions: Float[Tensor, "n k"]) -> Float[Tensor, "k k"]:
     """Return the soft projection's `Qᵀ diag(λ_i/(λ_i + λ_k)) Q` in a basis rotated by Q; λ_i = 0 is no filter."""
     k = directions.shape[1]
-    wide = directions.to(widest(directions.device))
-    rotation = moment.vectors[:, :k].to(wide).T @ wide
-    return (rotation.T * moment.soft_shares(k)[:k].to(wide) @ rotation).float()
+    upcast = directions.to(widest(directions.device))
+    rotation = moment.vectors[:, :k].to(upcast).T @ upcast
+    return (rotation.T * moment.soft_shares(k)[:k].to(upcast) @ rotation).float()

@@ -75,7 +75,7 @@ class TensorStore:
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
-        """Say what to do where the store cannot be written or locked."""
+        """Raise StoreError, with the way out, if the store cannot be written or locked inside the block."""
         try:
             yield
         except (OSError, NotImplementedError) as error:

@@ -28,9 +28,9 @@ def retract(
     A side whose basis has no column is left free (`protected`), one whose basis is complete leaves exactly nothing.
     Nothing is written in place. Costs 4(mp + nq)r flops.
     """
-    kept_A = A - (A @ V) @ V.T if V.shape[1] < V.shape[0] else torch.zeros_like(A)
-    kept_B = B - U @ (U.T @ B) if U.shape[1] < U.shape[0] else torch.zeros_like(B)
-    return kept_A, kept_B
+    projected_A = A - (A @ V) @ V.T if V.shape[1] < V.shape[0] else torch.zeros_like(A)
+    projected_B = B - U @ (U.T @ B) if U.shape[1] < U.shape[0] else torch.zeros_like(B)
+    return projected_A, projected_B
 
 
 def soften(

@@ -63,7 +63,7 @@ def block_krylov(weight: Tensor, k: int, tol: float, generator: torch.Generator)
 
 
 def _extend(basis: Tensor, candidates: Tensor, scale: float, generator: torch.Generator) -> _Extension:
-    """Orthonormalise `candidates` against `basis`, twice; columns that are but rounding are drawn anew."""
+    """Orthonormalise `candidates` against `basis`, twice; draw columns anew where only rounding is left of them."""
     overlap = basis.T @ candidates
     rest = candidates - basis @ overlap
     correction = basis.T @ rest

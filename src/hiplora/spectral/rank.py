@@ -27,7 +27,7 @@ def is_rank(spec: Any) -> bool:
 
 
 def parse_rank(text: str) -> RankSpec:
-    """Read a rank as a user types it: `32`, `0.1` or `energy:0.95`; what is none of these comes back as it is."""
+    """Read a rank as a user types it: `32`, `0.1` or `energy:0.95`; any other text is returned unchanged."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
@@ -63,9 +63,9 @@ def rank_for_energy(energies: Float[Tensor, " q"], share: float) -> int:
 
 def squared_singular_values(weight: Float[Tensor, "m n"]) -> Float[Tensor, " q"]:
     """Return all σ² of a weight, descending, in float64 (fp32 where the device has none)."""
-    wide = weight.detach().to(widest(weight.device))
-    small = wide if wide.shape[0] <= wide.shape[1] else wide.T
-    return torch.linalg.eigvalsh(small @ small.T).flip(0).clamp_min(0.0)
+    upcast = weight.detach().to(widest(weight.device))
+    flat = upcast if upcast.shape[0] <= upcast.shape[1] else upcast.T
+    return torch.linalg.eigvalsh(flat @ flat.T).flip(0).clamp_min(0.0)
 
 
 def _share(spec: str) -> float:

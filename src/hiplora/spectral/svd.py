@@ -53,7 +53,7 @@ def truncated_svd(
     matrix = as_matrix(weight, k, name)
     with full_precision(weight.device):
         try:
-            factors = _factor(matrix, k, tol, method, torch.Generator("cpu").manual_seed(0))
+            factors = _decompose(matrix, k, tol, method, torch.Generator("cpu").manual_seed(0))
         except torch.linalg.LinAlgError as error:
             raise FactorError(f"layer {name}: LAPACK could not decompose the weight ({error})") from error
     if not factors.residual <= tol:
@@ -107,10 +107,10 @@ def factor_mismatch(
 ) -> float:
     """Return how far factors are from being a weight's, in units of σ_1: about 0 for its own, about 1 for another's."""
     if basis == "weight":
-        off = torch.maximum((weight @ V - U * sigma).norm(dim=0), (weight.T @ U - V * sigma).norm(dim=0))
+        mismatch = torch.maximum((weight @ V - U * sigma).norm(dim=0), (weight.T @ U - V * sigma).norm(dim=0))
     else:
-        off = (U.T @ weight @ V - sigma.diag()).norm(dim=0)  # the activation basis only makes UᵀWV diagonal
-    return (off.max() / sigma[0]).item() if sigma[0] > 0 else off.max().item()
+        mismatch = (U.T @ weight @ V - sigma.diag()).norm(dim=0)  # the activation basis only makes UᵀWV diagonal
+    return (mismatch.max() / sigma[0]).item() if sigma[0] > 0 else mismatch.max().item()
 
 
 def minor_svd_factors(weight: Float[Tensor, "m n"], r: int) -> tuple[Float[Tensor, "m {r}"], Float[Tensor, "{r} n"]]:
@@ -139,17 +139,17 @@ def gram_svd(weight: Tensor, k: int) -> Triplets:
         return Triplets(U, sigma, V)
     gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
     for rows in row_chunks(weight):
-        wide = rows.double()
-        gram.addmm_(wide.T, wide)
+        upcast = rows.double()
+        gram.addmm_(upcast.T, upcast)
     V = torch.linalg.eigh(gram).eigenvectors[:, -k:].flip(1)
     # The columns of WV are orthogonal up to rounding; QR also completes the ones that are zero.
     U, triangle = torch.linalg.qr(torch.cat([rows.double() @ V for rows in row_chunks(weight)]))
-    gains = triangle.diagonal()
-    sigma, order = gains.abs().sort(descending=True)
-    return Triplets((U * torch.where(gains < 0, -1.0, 1.0).to(U))[:, order], sigma, V[:, order])
+    diagonal = triangle.diagonal()
+    sigma, order = diagonal.abs().sort(descending=True)
+    return Triplets((U * torch.where(diagonal < 0, -1.0, 1.0).to(U))[:, order], sigma, V[:, order])
 
 
-def _factor(matrix: Tensor, k: int, tol: float, method: str, generator: torch.Generator) -> SpectralFactors:
+def _decompose(matrix: Tensor, k: int, tol: float, method: str, generator: torch.Generator) -> SpectralFactors:
     """Decompose and certify; go on to the next more accurate method while the tolerance is missed."""
     if not matrix.any():  # any orthonormal vectors do for an all-zero weight: take coordinate axes
         axes = (torch.eye(size, k, device=matrix.device) for size in matrix.shape)
@@ -170,22 +170,22 @@ def _factor(matrix: Tensor, k: int, tol: float, method: str, generator: torch.Ge
 
 
 def _residual(matrix: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> float:
-    """The certificate, in one pass over the weight, a float64 copy of some rows at a time."""
+    """Return the certificate, in one pass over the weight, with a float64 copy of some rows at a time."""
     if sigma[0] == 0:
         return 0.0
     U, sigma, V = (tensor.to(widest(matrix.device)) for tensor in (U, sigma, V))
     forward, image = torch.zeros_like(sigma), torch.zeros_like(V)
     start = 0
     for rows in row_chunks(matrix):
-        wide, U_rows = rows.to(U.dtype), U[start : start + rows.shape[0]]
-        forward += (wide @ V - sigma * U_rows).square().sum(0)
-        image.addmm_(wide.T, U_rows)
+        upcast, U_rows = rows.to(U.dtype), U[start : start + rows.shape[0]]
+        forward += (upcast @ V - sigma * U_rows).square().sum(0)
+        image.addmm_(upcast.T, U_rows)
         start += rows.shape[0]
     backward = (image - sigma * V).square().sum(0)
     return (torch.maximum(forward, backward).max().sqrt() / sigma[0]).item()
 
 
 def _orthogonality(basis: Tensor) -> float:
-    wide = basis.to(widest(basis.device))
-    identity = torch.eye(basis.shape[1], dtype=wide.dtype, device=wide.device)
-    return (wide.T @ wide - identity).abs().max().item()
+    upcast = basis.to(widest(basis.device))
+    identity = torch.eye(basis.shape[1], dtype=upcast.dtype, device=upcast.device)
+    return (upcast.T @ upcast - identity).abs().max().item()

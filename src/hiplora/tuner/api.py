@@ -10,14 +10,14 @@ from hiplora.spectral import full_precision
 from hiplora.tuner.layer import HipLoraLinear
 
 
-def hip_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, HipLoraLinear]]:
-    """Yield (name in the base model, layer) for each layer of one adapter, or of any; AdapterError: there is none."""
-    layers = [module for module in model.modules() if isinstance(module, HipLoraLinear)]
-    found = [(layer.name, layer) for layer in layers if adapter is None or adapter in layer.hiplora_A]
-    if not found:
-        wanted = "HiP-LoRA adapter" if adapter is None else f"HiP-LoRA adapter named '{adapter}'"
-        raise AdapterError(f"the model has no {wanted}; add one with peft.get_peft_model or PeftModel.from_pretrained")
-    yield from found
+def hip_layers(model: nn.Module) -> Iterator[tuple[str, HipLoraLinear]]:
+    """Yield (name in the base model, layer) for each layer of HiP-LoRA adapters; AdapterError if there is none."""
+    layers = [module for module in model.modules() if isinstance(module, HipLoraLinear) and module.hiplora_A]
+    if not layers:
+        raise AdapterError(
+            "the model has no HiP-LoRA adapter; add one with peft.get_peft_model or PeftModel.from_pretrained"
+        )
+    yield from ((layer.name, layer) for layer in layers)
 
 
 def stability_penalty(model: nn.Module) -> Tensor:
@@ -44,7 +44,7 @@ def retract_(model: nn.Module) -> None:
 def max_leak(model: nn.Module) -> float:
     """Return the largest relative ‖UᵀB‖/‖B‖ or ‖AV‖/‖A‖ over all modules and adapters.
 
-    Rounding, after steps of an optimizer that holds the model's parameters. Steps on copies of them (DeepSpeed) are not
-    retracted: the factors leave the complement, and act and are saved through the projection.
+    It is rounding after steps of an optimizer that holds the model's parameters. Steps on copies of them (DeepSpeed)
+    are not retracted: the factors leave the complement, and act and are saved through the projection.
     """
     return max(layer.leak(adapter) for _, layer in hip_layers(model) for adapter in layer.hiplora_A)

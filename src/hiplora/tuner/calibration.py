@@ -1,4 +1,4 @@
-"""What a model is calibrated on, and the factors that follow; in the weight basis, those of the weights alone."""
+"""Calibrate a model on text or a loop, and compute factors from it; in the weight basis, from the weights alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from hiplora.errors import ConfigError
+from hiplora.positions import position_limit
 from hiplora.spectral import (
     FactorStore,
     MomentBasis,
@@ -82,31 +84,31 @@ def calibrate(
     store: CalibrationStore | None = None,
     tokenizer: Any = None,
 ) -> Calibration:
-    """Measure the layers that `config` targets, and give `config` the activation basis that follows.
+    """Measure the layers that `config` targets, and store the resulting activation basis in `config`.
 
     Call it before `peft.get_peft_model(model, config)`, like PEFT's own preprocessing steps; without it,
     `get_peft_model` calls it with text sampled from the model. Model, gradients and training mode are restored.
 
     Args:
         model: the base model; a causal language model where neither `run_model` nor `rows` is given.
-        config: its `basis` must be "activation"; it is given the factors.
+        config: its `basis` must be "activation"; it receives the factors.
         run_model: runs the model over your own calibration data, once for each group of layers, twice where the output
             side is protected, which needs the model's logits. Padding is left out where an `attention_mask` is passed.
-            What it measures is not stored.
+            Its measurements are not stored.
         rows: token ids to calibrate on, rows of any length; instead of `run_model`.
         source: what to call `rows` in reports.
-        tokens: how many to sample from the model where nothing else is given; half of them are conversations that the
-            model has with itself, in its chat template or as questions and answers.
+        tokens: how many to sample from the model without `rows` and `run_model`; half of them are conversations of the
+            model with itself, in its chat template or as questions and answers.
         batch_size: rows in one pass; it changes the factors by rounding only.
         seed: of the sampling.
-        gradient_tokens: of these, how many the output side is measured on, at three times the cost a token.
+        gradient_tokens: how many of these the output side is measured on, at three times the cost a token.
         max_bytes: memory for moments; layers that do not fit together are measured in several passes.
-        store: where sampled text and measurements are kept; an interrupted calibration goes on from there.
-        tokenizer: for those conversations; None is the one that lies beside the model.
+        store: of sampled text and measurements; an interrupted calibration resumes from it.
+        tokenizer: for those conversations; None is the one in the model's folder or hub repository.
 
     Raises:
         ConfigError: the basis is another one, or an argument makes no sense.
-        FactorError: a layer saw no token, or NaN, or has fewer directions than it is to protect.
+        FactorError: a layer saw no token, or NaN, or has fewer directions than it should protect.
     """
     if config.basis != "activation":
         raise ConfigError(f"basis is {config.basis!r}, which needs no calibration; set basis='activation'")
@@ -118,11 +120,14 @@ def calibrate(
     text = CalibrationText(model, rows, tokens, batch_size, seed, store, max_bytes, run_model, tokenizer)
     layers: list[dict[str, Any]] = []
     factors: dict[str, SpectralFactors] = {}
-    seen, sides = 0, config.basis_sides
+    sides = config.basis_sides
+    layer_tokens: list[int] = []
+    expert_tokens: list[int] = []
     with unrolled(model):
         for group in _memory_groups(targets, sides, max_bytes):
             inputs = text.inputs([target.name for target in group])
-            seen = min((basis.tokens for name, basis in inputs.items() if shared_side(name) is None), default=tokens)
+            for name, basis in inputs.items():
+                (layer_tokens if shared_side(name) is None else expert_tokens).append(basis.tokens)
             ranks: dict[str, int] = {}
             for target in group:
                 basis = inputs[target.name]
@@ -133,6 +138,8 @@ def calibrate(
             for name, k in ranks.items():
                 weight = frozen_weight(model.get_submodule(name))
                 factors[name] = activation_factors(weight, inputs[name], k, sides, outputs.get(name), name=name)
+    # An expert sees the tokens that are routed to it, which says little of the text.
+    seen = min(layer_tokens or [sum(map(len, text.rows)) or max(expert_tokens)])
     widest = max(target.shape[1] for target in targets)
     if seen < (needed := TOKENS_PER_INPUT * widest):
         warnings.warn(
@@ -161,7 +168,7 @@ def calibrate_itself(model: nn.Module, config: HipLoraConfig) -> None:
 
 
 def check_calibrated(model: nn.Module, config: HipLoraConfig, targets: Iterable[Target]) -> None:
-    """Check that what was calibrated is of these very weights, and of the ranks and sides that are now asked for."""
+    """Check that the calibrated factors are of these very weights, and of the requested ranks and sides."""
     basis = f"activation:{config.basis_sides}"
     for target in targets:
         factors, k = config.calibrated.get(target.name), target.k
@@ -180,9 +187,9 @@ def check_calibrated(model: nn.Module, config: HipLoraConfig, targets: Iterable[
 def weight_factors(
     model: nn.Module, config: HipLoraConfig, store: FactorStore | None = None
 ) -> Iterator[tuple[Target, SpectralFactors]]:
-    """Yield each layer that an adapter of this configuration would sit on, with its certified factors.
+    """Yield each layer that this configuration targets, with its certified factors.
 
-    They are stored one by one (by default in the user's cache), so an interrupted run goes on where it stopped.
+    They are stored one by one (by default in the user's cache), so an interrupted run resumes where it stopped.
     Errors are those of `find_targets` and `FactorStore.get_or_compute`.
     """
     store, targets = store or FactorStore(), find_targets(model, config)
@@ -210,20 +217,20 @@ def _check_counts(**counts: Any) -> None:
 def _memory_groups(targets: Iterable[Target], sides: str, max_bytes: int) -> list[list[Target]]:
     """Split layers, in order, into groups whose float64 moments fit into memory together; one alone always fits."""
     groups: list[list[Target]] = []
-    held = 0
+    group_bytes = 0
     for target in targets:
         m, n = target.shape
         size = 8 * (n**2 if sides == "input" else max(m, n) ** 2)  # the sides are measured one after the other
-        if not groups or held + size > max_bytes:
+        if not groups or group_bytes + size > max_bytes:
             groups.append([])
-            held = 0
+            group_bytes = 0
         groups[-1].append(target)
-        held += size
+        group_bytes += size
     return groups
 
 
 class CalibrationText:
-    """What a model is calibrated on, rows or a loop, and the store of measurements; `key` names rows and model."""
+    """The rows or loop that a model is calibrated on, and its measurements; `key` identifies rows and model."""
 
     def __init__(
         self,
@@ -255,6 +262,7 @@ class CalibrationText:
         if not self.rows:
             raise ConfigError("rows is empty; calibration needs token ids")
         vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+        context = position_limit(model) if isinstance(model, PreTrainedModel) else None
         digest = hashlib.sha256(identity.encode())
         for index, row in enumerate(self.rows):
             if row.dim() != 1 or len(row) == 0:
@@ -263,6 +271,11 @@ class CalibrationText:
                 raise ConfigError(
                     f"rows[{index}] has token ids from {row.min()} to {row.max()}, and the model's vocabulary has "
                     f"{vocabulary}; encode the text with the model's own tokenizer"
+                )
+            if context is not None and len(row) > context:
+                raise ConfigError(
+                    f"rows[{index}] has {len(row)} tokens, and the model reads {context} at most; cut it into shorter "
+                    "rows"
                 )
             digest.update(len(row).to_bytes(8, "little") + row.cpu().numpy().astype("<i8").tobytes())
         self.key = digest.hexdigest()
@@ -291,8 +304,8 @@ class CalibrationText:
         """Measure which outputs of some layers matter: k directions of each, on `limit` tokens."""
         before = itertools.accumulate((len(row) for row in self.rows), initial=0)
         rows = [row for row, total in zip(self.rows, before, strict=False) if total < limit]
-        few = -(-self._batch_size // 2)  # a backward pass holds all activations
-        run = self._run_model or functools.partial(_run, self._model, rows, few, "gradients")
+        batch_size = -(-self._batch_size // 2)  # a backward pass holds all activations
+        run = self._run_model or functools.partial(_run, self._model, rows, batch_size, "gradients")
         measure = functools.partial(measure_outputs, self._model, ranks, run, limit)
         return self._stored(["outputs", self.key, limit, list(ranks.items())], measure)
 
@@ -304,27 +317,29 @@ class CalibrationText:
         def make() -> tuple[dict[str, Tensor], Any]:
             bases = measure()
             first: dict[int, str] = {}
-            leader = {name: first.setdefault(id(basis), name) for name, basis in bases.items()}
+            leaders = {name: first.setdefault(id(basis), name) for name, basis in bases.items()}
             parts = ("values", "vectors")
             tensors = {f"{n}.{part}": getattr(bases[n], part) for n in first.values() for part in parts}
-            return tensors, {"leader": leader, "tokens": min(basis.tokens for basis in bases.values())}
+            return tensors, {"leader": leaders, "tokens": {n: bases[n].tokens for n in first.values()}}
 
-        tensors, record = self._store.get_or_make(self._store.path(*key), make)
-        leaders = dict.fromkeys(record["leader"].values())
-        led = {n: MomentBasis(tensors[f"{n}.values"], tensors[f"{n}.vectors"], record["tokens"]) for n in leaders}
-        return {name: led[leader] for name, leader in record["leader"].items()}
+        tensors, record = self._store.get_or_make(self._store.path("bases", *key), make)
+        measured = {
+            name: MomentBasis(tensors[f"{name}.values"], tensors[f"{name}.vectors"], tokens)
+            for name, tokens in record["tokens"].items()
+        }
+        return {name: measured[leader] for name, leader in record["leader"].items()}
 
 
-def _run(model: nn.Module, rows: Sequence[Tensor], batch_size: int, what: str, head: bool = True) -> None:
+def _run(model: nn.Module, rows: Sequence[Tensor], batch_size: int, quantity: str, head: bool = True) -> None:
     """Run the model over rows of token ids, padded on the right; without `head` its head sees the last tokens only."""
     device = next(model.parameters()).device
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False, **({} if head else {"logits_to_keep": 1})}
     starts = range(0, len(rows), batch_size)
-    for first in tqdm(starts, desc=f"calibrating: {what}", unit=" batches", delay=2, leave=False, disable=None):
+    for first in tqdm(starts, desc=f"calibrating: {quantity}", unit=" batches", delay=2, leave=False, disable=None):
         batch = rows[first : first + batch_size]
         ids = nn.utils.rnn.pad_sequence(list(batch), batch_first=True).to(device)
         lengths = torch.tensor([len(row) for row in batch], device=device)
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        given = {"attention_mask": mask.long(), **options}
-        model(input_ids=ids, **{name: value for name, value in given.items() if name in accepted})
+        arguments = {"attention_mask": mask.long(), **options}
+        model(input_ids=ids, **{name: value for name, value in arguments.items() if name in accepted})

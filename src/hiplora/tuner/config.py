@@ -52,12 +52,13 @@ def _number(accept: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda v: isinstance(v, kinds) and not isinstance(v, bool) and math.isfinite(v) and accept(v)
 
 
-def _listed(kind: type) -> Callable[[Any], bool]:
-    """Return a check of values of a kind, alone or several, and None."""
+def _list_of(kind: type, alone: bool = True) -> Callable[[Any], bool]:
+    """Return a check of collections of a kind and of None; `alone` accepts a single value too."""
 
     def accept(value: Any) -> bool:
-        several = value if isinstance(value, (list, tuple, set)) else [value]
-        return value is None or all(isinstance(one, kind) and not isinstance(one, bool) for one in several)
+        if value is not None and not isinstance(value, (list, tuple, set)):
+            return alone and isinstance(value, kind) and not isinstance(value, bool)
+        return all(isinstance(item, kind) and not isinstance(item, bool) for item in value or ())
 
     return accept
 
@@ -71,9 +72,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stability_gamma": (_number(lambda v: v >= 0), "a number of at least 0"),
     "gain_lr_ratio": (_number(lambda v: v > 0), "a number above 0"),
     "svd_tolerance": (_number(lambda v: 0 < v <= 1e-2), "a number in (0, 0.01]"),
-    "layers_to_transform": (_listed(int), "an index or a list of indices"),
-    **dict.fromkeys(("target_modules", "exclude_modules"), (_listed(str), "names or a regular expression")),
-    **dict.fromkeys(("target_parameters", "modules_to_save"), (_listed(str), "a list of names")),
+    "layers_to_transform": (_list_of(int), "an index or a list of indices"),
+    **dict.fromkeys(("target_modules", "exclude_modules"), (_list_of(str), "names or a regular expression")),
+    **dict.fromkeys(("target_parameters", "modules_to_save"), (_list_of(str, alone=False), "a list of names")),
 }
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "principal_rank": "principal_rank_pattern"}
 
@@ -169,22 +170,22 @@ class HipLoraConfig(PeftConfig):
     how_to_load: str = HOW_TO_LOAD
 
     def __post_init__(self) -> None:
-        """Take the preset's values for what is not given, and refuse what makes no sense."""
+        """Fill unset fields from the preset, and check all of them."""
         super().__post_init__()
         self.peft_type = PEFT_TYPE  # type: ignore[assignment]  # a string where PEFT has an enum
         self.how_to_load = HOW_TO_LOAD
-        self.from_checkpoint = bool(self.fingerprints)  # born with them, of an adapter folder: its base is verified
+        self.from_checkpoint = bool(self.fingerprints)  # from an adapter folder: its base is verified
         self.awaits_file = False  # whether a file is expected to bring the factors
-        self.unverified: set[str] = set()  # modules whose saved factors must vouch for a base in another precision
+        self.unverified: set[str] = set()  # modules whose base, in another precision, the saved factors must match
         self.calibrated: dict[str, SpectralFactors] = {}  # module → factors, until the tuner has taken them
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(given := getattr(self, name), list):
-                setattr(self, name, set(given))
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
         if self.preset is None:
             # A saved configuration from before there were presets: its defaults were the paper's.
-            old = self.from_checkpoint and self.basis != "activation"
-            self.preset = "paper" if old else "function-aware"
-        if self.principal_channel is None and self._given_of_gains():
+            had_no_preset = self.from_checkpoint and self.basis != "activation"
+            self.preset = "paper" if had_no_preset else "function-aware"
+        if self.principal_channel is None and self._gain_settings():
             self.principal_channel = True
         for name, value in PRESETS.get(str(self.preset), {}).items():
             if getattr(self, name) is None:
@@ -213,44 +214,49 @@ class HipLoraConfig(PeftConfig):
             if not any(type(value) is type(option) and value == option for option in options):
                 raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(repr, options))}")
         for name in PATTERNS.values():
-            if not isinstance(given := getattr(self, name) or {}, dict):
-                raise ConfigError(f"{name} is {given!r}; expected a dictionary, modules' names → values")
-            setattr(self, name, given)
+            if not isinstance(pattern := getattr(self, name) or {}, dict):
+                raise ConfigError(f"{name} is {pattern!r}; expected a dictionary, modules' names → values")
+            setattr(self, name, pattern)
         for name, (accept, expected) in RANGES.items():
             values = {name: getattr(self, name)}
             if name in PATTERNS:
-                values |= {f"{PATTERNS[name]}[{key!r}]": own for key, own in getattr(self, PATTERNS[name]).items()}
+                values |= {f"{PATTERNS[name]}[{key!r}]": value for key, value in getattr(self, PATTERNS[name]).items()}
             for label, value in values.items():
                 if not accept(value):
                     raise ConfigError(f"{label} is {value!r}; expected {expected}")
 
-    def _given_of_gains(self) -> list[str]:
-        """Return the fields with a value that only means something where there are gains."""
+    def _gain_settings(self) -> list[str]:
+        """Return the fields that are not at their default and matter only where there are gains."""
         names = ["gain_lr_ratio", "relative_gains"]
-        if self.stability_weight != 0 and self.stability_mode != "none":  # else no price: true without gains
+        if self.stability_weight != 0 and self.stability_mode != "none":  # without a price there need be no gains
             names = ["stability_weight", "stability_gamma", "stability_mode", *names]
-        given = [name for name in names if getattr(self, name) != getattr(HipLoraConfig, name)]
-        return given + ["init_weights"] * (self.init_weights == "zero")  # A and B stay zero
+        changed = [name for name in names if getattr(self, name) != getattr(HipLoraConfig, name)]
+        return changed + ["init_weights"] * (self.init_weights == "zero")  # A and B stay zero
 
     def _check_combinations(self) -> None:
-        idle = self._given_of_gains()
+        gain_settings = self._gain_settings()
         layers = [name for name in ("layers_to_transform", "layers_pattern") if getattr(self, name) is not None]
-        wrong = ""
+        problem = ""
         if self.projection == "soft" and (self.basis != "activation" or not self.residual_projection):
-            wrong = "projection is 'soft', which needs basis='activation' and residual_projection=True; or use 'hard'"
+            problem = (
+                "projection is 'soft', which needs basis='activation' and residual_projection=True; or use 'hard'"
+            )
         elif not self.gradient_projection and not self.is_closed:
-            wrong = "gradient_projection is False, but without a hard projection nothing retracts; leave it out"
+            problem = "gradient_projection is False, but without a hard projection nothing retracts; leave it out"
         elif self.basis == "activation" and not self.save_factors:
-            wrong = "save_factors is False, but the activation basis cannot be recomputed from weights; leave it True"
-        elif idle and not self.principal_channel and not self.from_checkpoint:
-            wrong = f"{idle[0]} is {getattr(self, idle[0])!r}, which has no use with principal_channel=False; drop it"
+            problem = (
+                "save_factors is False, but the activation basis cannot be recomputed from weights; leave it True"
+            )
+        elif gain_settings and not self.principal_channel and not self.from_checkpoint:
+            name = gain_settings[0]
+            problem = f"{name} is {getattr(self, name)!r}, which has no use with principal_channel=False; drop it"
         elif not self.residual_projection and not self.principal_channel:
-            wrong = (
+            problem = (
                 "residual_projection and principal_channel are both False, which is plain LoRA; use peft.LoraConfig"
             )
         elif layers and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            wrong = f"{layers[0]} does not go with the regular expression {self.target_modules!r}; put it in there"
+            problem = f"{layers[0]} does not go with the regular expression {self.target_modules!r}; put it in there"
         elif layers == ["layers_pattern"]:
-            wrong = "layers_pattern needs layers_to_transform; set both or neither"
-        if wrong:
-            raise ConfigError(wrong)
+            problem = "layers_pattern needs layers_to_transform; set both or neither"
+        if problem:
+            raise ConfigError(problem)

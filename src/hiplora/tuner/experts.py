@@ -22,7 +22,7 @@ class ExpertList(nn.ModuleList):
 
 
 class UnrolledExperts(nn.Module):
-    """An experts module of transformers as `ExpertList`s, views of its 3-D parameters; `fused` is the rest."""
+    """An experts module of transformers as `ExpertList`s, views of its 3-D parameters; `fused` is the original."""
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
@@ -45,9 +45,9 @@ class UnrolledExperts(nn.Module):
         name, _ = _projections(fused)
         up = getattr(self, name)
         result = torch.zeros_like(hidden_states)
-        # Processes that train together need the gradients of all, zeros where no token came.
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        trains = together and torch.is_grad_enabled() and any(one.requires_grad for one in self.parameters())
+        # Processes that train together need the gradients of all experts, zeros for those without a token.
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        trains = distributed and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         for expert in range(len(up)) if trains else top_k_index.unique().tolist():
             if expert >= len(up):  # where expert parallelism sends the tokens of other ranks
                 continue
@@ -93,7 +93,7 @@ def fuse(model: nn.Module, fused: dict[str, dict[str, nn.Parameter]] | None = No
 
 @contextlib.contextmanager
 def unrolled(model: nn.Module) -> Iterator[None]:
-    """Have the model's experts unrolled inside the block."""
+    """Unroll the model's experts inside the block."""
     fused = unroll(model)
     try:
         yield
@@ -122,22 +122,22 @@ def shared_side(name: str) -> tuple[str, str] | None:
 
 
 def stacks(names: Iterable[str]) -> dict[str, tuple[str, list[str]]]:
-    """Return layers as PEFT's LoRA knows them: name → (what its tensors are called after, the layers in it, in order).
+    """Return layers as PEFT's LoRA has them: name → (prefix of its tensors' names, its layers in order).
 
-    A linear layer is itself. Experts of a projection are one 3-D parameter; where both projections of a module are
-    adapted, PEFT wraps the one that comes last around the other.
+    A linear layer stands for itself. Experts of a projection are one 3-D parameter; where both projections of a module
+    are adapted, PEFT wraps the last one around the other.
     """
-    found: dict[str, list[str]] = {}
+    stacked: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda name: (len(name), name)):  # expert 10 after expert 9
         side = shared_side(name)
-        found.setdefault(side[0] if side else name, []).append(name)
-    parameters = [name for name, layers in found.items() if layers != [name]]
-    around = {name.rpartition(".")[0]: name for name in sorted(parameters, key=lambda name: "down_proj" in name)}
-    called = {}
+        stacked.setdefault(side[0] if side else name, []).append(name)
+    parameters = [name for name, layers in stacked.items() if layers != [name]]
+    outer = {name.rpartition(".")[0]: name for name in sorted(parameters, key=lambda name: "down_proj" in name)}
+    prefixes = {}
     for name in parameters:
         module = name.rpartition(".")[0]
-        called[name] = module if around[module] == name else f"{module}.base_layer"
-    return {name: (called.get(name, name), layers) for name, layers in found.items()}
+        prefixes[name] = module if outer[module] == name else f"{module}.base_layer"
+    return {name: (prefixes.get(name, name), layers) for name, layers in stacked.items()}
 
 
 def _projections(module: Any) -> tuple[str, str]:
@@ -147,6 +147,6 @@ def _projections(module: Any) -> tuple[str, str]:
 def _linear(weight: Tensor) -> nn.Linear:
     """Return a linear layer without bias over a weight (m, n), sharing its memory."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    # What is registered where PEFT saves memory (`low_cpu_mem_usage`) loses its values.
+    # A registered parameter would lose its values where PEFT saves memory (`low_cpu_mem_usage`).
     layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     return layer

@@ -1,8 +1,8 @@
 """The forward and backward pass of the two channels on a frozen linear layer, fused.
 
 `y = base_out + [s·B | U diag(δ)] ([A; Vᵀ] x)`: both channels go through one pair of thin products of width r + k.
-The hand-written backward keeps only the layer's input and the thin activation (with dropout, one byte an element too);
-whoever looks behind it, or differentiates twice, gets both channels in torch's own operations.
+The hand-written backward keeps only the layer's input and the thin activation (with dropout, also one byte an element).
+Tracing, torch.func and second derivatives get both channels in torch's own operations.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def add_channels(
 
 
 def observed() -> bool:
-    """Whether each operation of a pass is looked at: by torch.compile, torch.export, torch.jit.trace or torch.func."""
+    """Whether torch.compile, torch.export, torch.jit.trace or torch.func looks at each operation of a pass."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     return bool(torch._C._are_functorch_transforms_active())  # type: ignore[attr-defined]  # has no public name
@@ -72,9 +72,9 @@ def _update(
     dtype = inputs.dtype
     if sides is not None:
         with torch.autocast(inputs.device.type, enabled=False):
-            kept_A, kept_B = retracted(A, B, U, V, sides)
-            A = kept_A if project_gradients else A + (kept_A - A).detach()
-            B = kept_B if project_gradients else B + (kept_B - B).detach()
+            projected_A, projected_B = retracted(A, B, U, V, sides)
+            A = projected_A if project_gradients else A + (projected_A - A).detach()
+            B = projected_B if project_gradients else B + (projected_B - B).detach()
     update = F.linear(F.linear(dropped, A.to(dtype)), B.to(dtype)) * scaling
     if delta is not None and U is not None and V is not None:
         update = update + F.linear((inputs @ V.to(dtype)) * delta.to(dtype), U.to(dtype))
@@ -94,7 +94,8 @@ def retracted(A: Tensor, B: Tensor, U: Any, V: Any, sides: str) -> tuple[Tensor,
 def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:
     """Return a boolean mask of kept elements and the exact probability of keeping one.
 
-    On the CPU, to be several times quicker than torch's, four elements share one 64-bit draw: it is rounded to 1/65536.
+    On the CPU four elements share one 64-bit draw, which is several times quicker than torch's `bernoulli_`: the
+    probability is rounded to 1/65536.
     """
     if device.type != "cpu":
         return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - dropout), 1 - dropout
@@ -105,7 +106,7 @@ def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> tuple[
 
 
 class _AddChannels(torch.autograd.Function):
-    """Custom pass of `add_channels`; U, V and what follows them are constants."""
+    """Custom pass of `add_channels`; U, V and the arguments after them are constants."""
 
     @staticmethod
     def forward(
@@ -124,7 +125,7 @@ class _AddChannels(torch.autograd.Function):
         project_gradients: bool,
     ) -> Tensor:
         r, ctx.dtype = A.shape[0], A.dtype
-        ctx.given, ctx.acting = (A, B), (sides, project_gradients)
+        ctx.unprojected, ctx.projection = (A, B), (sides, project_gradients)
         if sides is not None:
             A, B = retracted(A, B, U, V, sides)
         inputs = x.reshape(-1, x.shape[-1]).to(compute)
@@ -152,21 +153,21 @@ class _AddChannels(torch.autograd.Function):
 
 
 def _gradients_to_differentiate(ctx: Any, grad_out: Tensor) -> list[Tensor | None]:
-    """Gradients of x, A, B and δ with a graph of their own (`create_graph=True`)."""
+    """Return the gradients of x, A, B and δ with a graph of their own (`create_graph=True`)."""
     x, _, _, delta, U, V, _, mask = ctx.saved_tensors
     # Views: a layer that is called twice is behind its own input.
-    views: list[Any] = [None if one is None else one.view_as(one) for one in (x, *ctx.given, delta)]
+    views: list[Any] = [None if t is None else t.view_as(t) for t in (x, *ctx.unprojected, delta)]
     x, A, B, delta = views
     inputs = x.to(ctx.compute)
     dropped = inputs if mask is None else inputs * mask.view(x.shape)
-    update = _update(inputs, dropped, A, B, delta, U, V, ctx.scaling, *ctx.acting)
-    needed = [one for one, needs in zip(views, ctx.needs_input_grad[1:5], strict=True) if needs]
-    found = iter(torch.autograd.grad(update, needed, grad_out.to(update.dtype), create_graph=True))
-    return [next(found) if needs else None for needs in ctx.needs_input_grad[1:5]]
+    update = _update(inputs, dropped, A, B, delta, U, V, ctx.scaling, *ctx.projection)
+    needed = [view for view, needs in zip(views, ctx.needs_input_grad[1:5], strict=True) if needs]
+    gradients = iter(torch.autograd.grad(update, needed, grad_out.to(update.dtype), create_graph=True))
+    return [next(gradients) if needs else None for needs in ctx.needs_input_grad[1:5]]
 
 
 def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x, A, B and δ; each None where nothing asks for it."""
+    """Return the gradients of x, A, B and δ; None for each that is not needed."""
     x, A, B, delta, U, V, thin, mask = ctx.saved_tensors
     r, compute = A.shape[0], ctx.compute
     _, need_x, need_A, need_B, need_delta = ctx.needs_input_grad[:5]
@@ -181,10 +182,10 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     if need_B:
         d_B = (g.T @ thin[:, :r]).mul_(ctx.scaling).to(ctx.dtype)
     if ctx.sides is not None:
-        # Before anyone clips them or takes their moments: those of s (I − P_U) BA (I − P_V), not of sBA.
-        kept_A, kept_B = retracted(A if d_A is None else d_A, B if d_B is None else d_B, U, V, ctx.sides)
-        d_A = None if d_A is None else kept_A.to(ctx.dtype)
-        d_B = None if d_B is None else kept_B.to(ctx.dtype)
+        # Before clipping and the optimizer's moments: the gradients of s (I − P_U) BA (I − P_V), not of sBA.
+        projected_A, projected_B = retracted(A if d_A is None else d_A, B if d_B is None else d_B, U, V, ctx.sides)
+        d_A = None if d_A is None else projected_A.to(ctx.dtype)
+        d_B = None if d_B is None else projected_B.to(ctx.dtype)
     if need_delta and delta is not None:
         d_delta = torch.linalg.vecdot(back[:, r:], thin[:, r:], dim=0).to(delta.dtype)
     if need_x:
@@ -198,12 +199,12 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _down(A: Tensor, V: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`[A; Vᵀ]`, (r + k, n)."""
+    """Return `[A; Vᵀ]`, (r + k, n)."""
     return A.to(dtype) if V is None else torch.cat([A.to(dtype), V.T.to(dtype)])
 
 
 def _up(B: Tensor, U: Tensor | None, delta: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
-    """`[s·B | U diag(δ)]`, (m, r + k); with `delta` None the gains are left out."""
+    """Return `[s·B | U diag(δ)]`, (m, r + k), or `[s·B | U]` if `delta` is None."""
     residual = B.to(dtype) * scaling
     if U is None:
         return residual

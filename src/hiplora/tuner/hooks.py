@@ -1,9 +1,9 @@
 """Budget and retraction in any training loop, through torch's global optimizer hooks.
 
-Just before a step the gradient of λ·R(δ) is added to the gains' gradients; just after it the gains are shrunk (proximal
-mode), A and B return to the complement, and the gradients are what they were, as after a step that fails. The gains
-belong to the optimizer that steps them itself: of one that hands its steps to another (ZeroRedundancyOptimizer, SAM,
-Lookahead) only the outcome is retracted.
+Just before a step the gradient of λ·R(δ) is added to the gains' gradients. Just after it the gains are shrunk (proximal
+mode), A and B return to the complement, and the gradients are restored, also where the step fails. The gains belong to
+the optimizer that steps them itself: where an optimizer hands its steps to another one (ZeroRedundancyOptimizer, SAM,
+Lookahead), only its result is retracted.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ def install() -> None:
 
 
 @dataclass
-class _Held:
+class _SteppedAdapter:
     """An adapter of a layer with parameters in an optimizer, by kind, and the group that its gains are in."""
 
     layer: HipLoraLinear
-    adapter: str
+    name: str
     parameters: dict[str, Tensor]
     group: dict[str, Any]
     weights: Any = None  # of the gains in the budget, where the optimizer steps them itself
-    before: Tensor | None = None  # the gains before the step, where they go at a pace of their own
-    charged: tuple[Tensor, int, Tensor | None] | None = None  # a gradient with the budget, its version, what it was
+    before: Tensor | None = None  # the gains before the step, where `gain_lr_ratio` is not 1
+    charged: tuple[Tensor, int, Tensor | None] | None = None  # gradient with the budget, its version, its old value
 
     @property
     def config(self) -> HipLoraConfig:
-        return self.layer.configs[self.adapter]
+        return self.layer.configs[self.name]
 
     @property
     def gains(self) -> Any:
@@ -68,7 +68,7 @@ class _Held:
         return -weight if self.group.get("maximize") else weight
 
     def _is_charged(self) -> bool:
-        """Whether the budget is in the gains' gradient, and nobody has changed that since."""
+        """Whether the budget is in the gains' gradient, unchanged since."""
         return (
             self.charged is not None
             and self.gains.grad is self.charged[0]
@@ -86,13 +86,13 @@ class _Held:
 
     @torch.no_grad()
     def discharge(self) -> None:
-        """Put the gains' gradient back as it was, where nobody has changed it since it was charged."""
+        """Restore the gains' gradient, where nobody has changed it since it was charged."""
         if self.charged is not None and self.charged[2] is not None and self._is_charged():
             self.gains.grad.copy_(self.charged[2])
             self.charged = None
 
-    def leave_to(self, inner: _Held) -> None:
-        """Leave the gains to an optimizer that this one has called; what it has done to a charged gradient stays."""
+    def leave_to(self, inner: _SteppedAdapter) -> None:
+        """Leave the gains to an optimizer that this one has called; changes of a charged gradient stay."""
         if self.gains is inner.gains:
             self.discharge()
             if self.charged is not None and self.gains.grad is self.charged[0]:
@@ -101,138 +101,140 @@ class _Held:
 
 
 class _Arguments(tuple):
-    """The arguments of a step, held by torch alone: they go when the step has ended, and if it failed only they do."""
+    """The arguments of a step. Only torch refers to them, so `__del__` runs at its end, also when it fails."""
 
-    held: Sequence[_Held] = ()
+    adapters: Sequence[_SteppedAdapter] = ()
 
     def __del__(self) -> None:
-        for one in self.held:
-            one.discharge()
-            one.charged = None
+        for adapter in self.adapters:
+            adapter.discharge()
+            adapter.charged = None
 
 
-_stepping: weakref.WeakKeyDictionary[Optimizer, list[_Held]] = weakref.WeakKeyDictionary()
+_stepping: weakref.WeakKeyDictionary[Optimizer, list[_SteppedAdapter]] = weakref.WeakKeyDictionary()
 
 
-def _held(optimizer: Optimizer) -> Iterator[_Held]:
+def _stepped_adapters(optimizer: Optimizer) -> Iterator[_SteppedAdapter]:
     """Yield every adapter of a layer with parameters in the optimizer."""
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     for layer in sorted(HipLoraLinear.live, key=lambda layer: layer.name):  # in one order in all processes
-        for adapter in layer.hiplora_A:
-            parameters = {kind: held.parameter(adapter) for kind, held in layer.held_by(adapter).items()}
-            found = {kind: parameter for kind, parameter in parameters.items() if id(parameter) in groups}
-            if found:
-                yield _Held(layer, adapter, found, groups.get(id(found.get("hiplora_delta")), {}))
+        for name in layer.hiplora_A:
+            parameters = {kind: by_name.parameter(name) for kind, by_name in layer.parameters_of(name).items()}
+            stepped = {kind: parameter for kind, parameter in parameters.items() if id(parameter) in groups}
+            if stepped:
+                yield _SteppedAdapter(layer, name, stepped, groups.get(id(stepped.get("hiplora_delta")), {}))
 
 
-def _inside(optimizer: Optimizer) -> dict[int, Tensor]:
-    """Return the parameters of the optimizers that an optimizer holds, which step them for it."""
-    found: dict[int, Tensor] = {}
+def _inner_parameters(optimizer: Optimizer) -> dict[int, Tensor]:
+    """Return the parameters of the optimizers inside an optimizer, which step them for it, by id."""
+    parameters: dict[int, Tensor] = {}
     for value in vars(optimizer).values():
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-        for one in inside:
-            if isinstance(one, Optimizer):
-                found |= {id(parameter): parameter for group in one.param_groups for parameter in group["params"]}
-    return found
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        for inner in values:
+            if isinstance(inner, Optimizer):
+                parameters |= {id(p): p for group in inner.param_groups for p in group["params"]}
+    return parameters
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     # torch passes the optimizer itself as the first positional argument.
     closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-    held, running = list(_held(optimizer)), [one for held in _stepping.values() for one in held]
-    Watch.steps_of_others += not held
-    if not held:
+    outer_adapters = [adapter for adapters in _stepping.values() for adapter in adapters]
+    adapters = list(_stepped_adapters(optimizer))
+    Watch.steps_of_others += not adapters
+    if not adapters:
         return None
-    _stepping[optimizer] = held
-    inside = _inside(optimizer)
-    shared = any(id(parameter) in inside for group in optimizer.param_groups for parameter in group["params"])
+    _stepping[optimizer] = adapters
+    inner = _inner_parameters(optimizer)
+    shared = any(id(parameter) in inner for group in optimizer.param_groups for parameter in group["params"])
     # ZeroRedundancyOptimizer leaves the rest to other processes.
-    elsewhere = shared and dist.is_initialized() and dist.get_world_size() > 1
-    known = any(id(p) in inside for layer in HipLoraLinear.live if inside for p in layer.parameters())
-    for one in held:
-        if one.gains is None or (
-            not known and any(p.dim() == 1 and len(p) >= len(one.gains) for p in inside.values())
-        ):
-            continue  # the optimizers inside hold copies
-        one.layer.serve(one.adapter)
-        for outer in running:
-            outer.leave_to(one)
-        if not elsewhere and id(one.gains) not in inside:
-            one.weights = own_part(one.layer.budget(one.adapter), one.gains)
-            one.before = one.gains.detach().clone() if one.config.gain_lr_ratio != 1 else None
+    sharded = shared and dist.is_initialized() and dist.get_world_size() > 1
+    holds_model = any(id(p) in inner for layer in HipLoraLinear.live if inner for p in layer.parameters())
+    for adapter in adapters:
+        gains = adapter.gains
+        if gains is None or (not holds_model and any(p.dim() == 1 and len(p) >= len(gains) for p in inner.values())):
+            continue  # the optimizers inside step copies
+        adapter.layer.mark_hooked(adapter.name)
+        for outer in outer_adapters:
+            outer.leave_to(adapter)
+        if not sharded and id(gains) not in inner:
+            adapter.weights = own_part(adapter.layer.budget(adapter.name), gains)
+            adapter.before = gains.detach().clone() if adapter.config.gain_lr_ratio != 1 else None
     if closure is None:
-        _charge(held, optimizer)
+        _charge(adapters, optimizer)
     else:
 
         def with_budget() -> Any:
             """Re-evaluate the loss, then add the budget to it and to the fresh gradients."""
             loss = closure()
-            _charge(held, optimizer)
-            return loss + _budget(held) if isinstance(loss, (Tensor, float)) else loss
+            _charge(adapters, optimizer)
+            return loss + _budget(adapters) if isinstance(loss, (Tensor, float)) else loss
 
         if "closure" in kwargs:
             kwargs = {**kwargs, "closure": with_budget}
         else:
             args = (args[0], with_budget, *args[2:])
     arguments = _Arguments(args)
-    arguments.held = held
+    arguments.adapters = adapters
     return arguments, kwargs
 
 
-def _charge(held: list[_Held], optimizer: Optimizer) -> None:
+def _charge(adapters: list[_SteppedAdapter], optimizer: Optimizer) -> None:
     # An AMP scaler sets `grad_scale` on optimizers that unscale gradients themselves.
-    for one in held:
-        one.charge(getattr(optimizer, "grad_scale", None))
+    for adapter in adapters:
+        adapter.charge(getattr(optimizer, "grad_scale", None))
 
 
 @torch.no_grad()
-def _budget(held: list[_Held]) -> Tensor | float:
+def _budget(adapters: list[_SteppedAdapter]) -> Tensor | float:
     """Return λ·ΣR(δ): a line search compares values of the loss whose gradient it is given."""
-    terms = [one.price * one.layer.stability_penalty(one.adapter) for one in held if one.pays("gradient")]
+    paying = [adapter for adapter in adapters if adapter.pays("gradient")]
+    terms = [adapter.price * adapter.layer.stability_penalty(adapter.name) for adapter in paying]
     return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else 0.0
 
 
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    held = _stepping.pop(optimizer, [])
+    adapters = _stepping.pop(optimizer, [])
     # A fused optimizer goes through the motions of a step that an AMP scaler skips.
     found_inf = getattr(optimizer, "found_inf", None)
-    for one in held:
-        one.discharge()
-        ratio = one.config.gain_lr_ratio
-        if one.before is not None:
-            one.gains.copy_(one.before + ratio * (one.gains - one.before))
-        if one.pays("proximal") and not (found_inf is not None and found_inf.item()):
-            step = float(one.group.get("lr", 0.0)) * ratio * one.config.stability_weight
-            one.gains.copy_(proximal_step(one.gains, one.weights, step))
-    residual = [one for one in held if one.parameters.keys() - {"hiplora_delta"}]
+    for adapter in adapters:
+        adapter.discharge()
+        ratio = adapter.config.gain_lr_ratio
+        if adapter.before is not None:
+            adapter.gains.copy_(adapter.before + ratio * (adapter.gains - adapter.before))
+        if adapter.pays("proximal") and not (found_inf is not None and found_inf.item()):
+            step = float(adapter.group.get("lr", 0.0)) * ratio * adapter.config.stability_weight
+            adapter.gains.copy_(proximal_step(adapter.gains, adapter.weights, step))
+    residual = [adapter for adapter in adapters if adapter.parameters.keys() - {"hiplora_delta"}]
     if residual:
         # A trainer may have switched on TF32 or autocast, which would leave a leak of a thousandth.
         with full_precision(next(iter(residual[0].parameters.values())).device):
-            for one in residual:
-                one.layer.retract_(one.adapter)
-                _retract_iterates(one, optimizer)
-    _check_finite(held)
+            for adapter in residual:
+                adapter.layer.retract_(adapter.name)
+                _retract_iterates(adapter, optimizer)
+    _check_finite(adapters)
 
 
-def _retract_iterates(held: _Held, optimizer: Optimizer) -> None:
-    """Retract what a schedule-free optimizer averages with the parameters: the average then lies in the complement."""
-    A, B = held.layer.hiplora_A.parameter(held.adapter), held.layer.hiplora_B.parameter(held.adapter)
+def _retract_iterates(adapter: _SteppedAdapter, optimizer: Optimizer) -> None:
+    """Retract the iterates that a schedule-free optimizer averages: the average then lies in the complement."""
+    layer, name = adapter.layer, adapter.name
+    A, B = layer.hiplora_A.parameter(name), layer.hiplora_B.parameter(name)
     iterates = [optimizer.state.get(parameter, {}).get(_ITERATE) for parameter in (A, B)]
-    if is_sharded(A) or not held.config.is_closed or all(one is None for one in iterates):
+    if is_sharded(A) or not adapter.config.is_closed or all(iterate is None for iterate in iterates):
         return
-    points = (parameter if one is None else one for parameter, one in zip((A, B), iterates, strict=True))
-    for iterate, value in zip(iterates, held.layer.retracted(held.adapter, *points), strict=True):
+    points = (p if iterate is None else iterate for p, iterate in zip((A, B), iterates, strict=True))
+    for iterate, value in zip(iterates, layer.retracted(name, *points), strict=True):
         if iterate is not None:
             iterate.copy_(value)
 
 
-def _check_finite(held: list[_Held]) -> None:
-    """Stop at the step after which a parameter is not finite: a DivergedError that names it."""
+def _check_finite(adapters: list[_SteppedAdapter]) -> None:
+    """Raise DivergedError, naming the parameter, if one is not finite after this step."""
     parameters = {
-        f"layer {one.layer.name}: {kind} of adapter '{one.adapter}'": parameter
-        for one in held
-        for kind, parameter in one.parameters.items()
+        f"layer {adapter.layer.name}: {kind} of adapter '{adapter.name}'": parameter
+        for adapter in adapters
+        for kind, parameter in adapter.parameters.items()
         if not is_sharded(parameter)
     }
     if torch.nn.utils.get_total_norm(parameters.values()).isfinite():

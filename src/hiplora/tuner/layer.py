@@ -32,6 +32,7 @@ from hiplora.tuner.state import (
     Watch,
     check_checkpoint,
     factor_names,
+    factor_tensors,
     is_flat,
     is_sharded,
     note_leaks,
@@ -61,12 +62,12 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self.hiplora_A, self.hiplora_B, self.hiplora_delta = FactorDict(), FactorDict(), FactorDict()
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
-        self.hiplora_dropout = nn.ModuleDict()  # only their probability is used; TRL sets it to 0 by their type
+        self.hiplora_dropout = nn.ModuleDict()  # only the probability is used; modules, so that TRL can set it to 0
         self.configs: dict[str, HipLoraConfig] = {}
         self._budget: dict[str, Tensor] = {}
-        self._served: set[str] = set()  # adapters whose gains are in an optimizer that the hooks saw
-        self._astray: set[str] = set()  # adapters that may have been trained since they were last retracted
-        # The base weight while merged, or the quantised layer; in a list, so as not to be registered as a child.
+        self._hooked: set[str] = set()  # adapters whose gains are in an optimizer that the hooks have seen
+        self._unretracted: set[str] = set()  # adapters that may have been trained since they were last retracted
+        # The base weight while merged, or the quantised layer; a list keeps it from being registered as a child.
         self._frozen: list[Any] = []
         self.merged_adapters: list[str] = []
         self._active_adapter = []
@@ -89,7 +90,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             for name in factor_names(config):
                 getattr(self, name)[adapter] = torch.full(sizes.get(name, (k, k)), math.nan)
         else:
-            self.place_factors(adapter, factor_names(config), factors)
+            self.place_factors(adapter, factor_tensors(config, factors))
         self.live.add(self)
         self._initialise(adapter)
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -99,35 +100,34 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     @torch.no_grad()
     def _initialise(self, adapter: str) -> None:
         """Fill A, B and δ as `init_weights` says, or with NaN while a file is expected to bring them."""
-        A, B, *gains = (held[adapter] for held in self.held_by(adapter).values())
-        how = self.configs[adapter].init_weights
+        A, B, *gains = (parameters[adapter] for parameters in self.parameters_of(adapter).values())
+        init_weights = self.configs[adapter].init_weights
         for parameter in (A, B, *gains):
             parameter.fill_(math.nan if adapter in self.pending else 0.0)
-        if adapter in self.pending or how == "zero":
+        if adapter in self.pending or init_weights == "zero":
             return
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if how is False:
+        if init_weights is False:
             nn.init.kaiming_uniform_(B, a=math.sqrt(5))
             for delta in gains:
                 nn.init.normal_(delta, std=0.02)
 
     def load_factors(self, adapter: str, tensors: dict[str, Tensor]) -> None:
-        """Take an adapter's factors from a file: as buffers of its own, or another adapter's where they are equal."""
-        names = [name for name in factor_names(self.configs[adapter]) if name in tensors]
-        device = self.hiplora_U[adapter].device
-        self.place_factors(adapter, names, {name: tensors[name].to(device, torch.float32) for name in names})
+        """Take an adapter's factors from a file: as its own buffers, or another adapter's where they are equal."""
+        device, names = self.hiplora_U[adapter].device, factor_names(self.configs[adapter])
+        self.place_factors(adapter, {n: tensors[n].to(device, torch.float32) for n in names if n in tensors})
         self.pending.discard(adapter)
         self._budget.pop(adapter, None)
-        self._unserved.pop(adapter, None)
+        self._watches.pop(adapter, None)
 
-    def held_by(self, adapter: str) -> dict[str, FactorDict]:
-        """Return where an adapter's A, B and, if it has gains, δ are, by kind."""
+    def parameters_of(self, adapter: str) -> dict[str, FactorDict]:
+        """Return the dictionaries that have an adapter's A, B and, if it has gains, δ, by kind."""
         kinds = {kind: getattr(self, kind) for kind in self.adapter_layer_names}
-        return {kind: held for kind, held in kinds.items() if adapter in held}
+        return {kind: parameters for kind, parameters in kinds.items() if adapter in parameters}
 
     @torch.no_grad()
     def ensure_factors(self, adapter: str) -> None:
-        """See that an adapter has what was to come from a file, and that it fits; without a file it begins anew."""
+        """Check that an adapter has the tensors that a file should bring; without a file it starts untrained."""
         if adapter not in self.pending:
             return
         config = self.configs[adapter]
@@ -138,8 +138,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
                     "that transformers does not find; load it with peft.PeftModel.from_pretrained(base, folder), and "
                     "save it again"
                 )
-            held = self.held_by(adapter) | {name: getattr(self, name) for name in factor_names(config)}
-            state = {f"{self.name}.{kind}": tensors[adapter] for kind, tensors in held.items()}
+            tensors = self.parameters_of(adapter) | {name: getattr(self, name) for name in factor_names(config)}
+            state = {f"{self.name}.{kind}": by_adapter[adapter] for kind, by_adapter in tensors.items()}
             check_checkpoint({self.name: self}, config, adapter, state)
             self.pending.remove(adapter)
             if (scale := self.gain_scale(adapter)) is not None:  # a file holds δ
@@ -151,14 +151,14 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
                 "whole model; run the PEFT model once, or call hiplora.calibrate before adding the adapter"
             )
         weight, k = frozen_weight(self), len(self.hiplora_sigma[adapter])
-        self.begin_anew(adapter, FactorStore().get_or_compute(weight, k, config.svd_tolerance, name=self.name))
+        self.start_untrained(adapter, FactorStore().get_or_compute(weight, k, config.svd_tolerance, name=self.name))
 
     @torch.no_grad()
-    def begin_anew(self, adapter: str, factors: SpectralFactors) -> None:
-        """Initialise an adapter for which no file came, over these factors."""
+    def start_untrained(self, adapter: str, factors: SpectralFactors) -> None:
+        """Initialise an adapter whose tensors no file has brought, on these factors."""
         self.pending.remove(adapter)
-        for name in factor_names(self.configs[adapter]):  # in place: a state dict may hold the buffer
-            getattr(self, name)[adapter].copy_(getattr(factors, name.removeprefix("hiplora_")))
+        for name, tensor in factor_tensors(self.configs[adapter], factors).items():
+            getattr(self, name)[adapter].copy_(tensor)  # in place: a state dict may hold the buffer
         self._initialise(adapter)
         self.retract_(adapter)
 
@@ -171,23 +171,26 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; another one becomes active if it was the active one (as in PEFT)."""
         BaseTunerLayer.delete_adapter(self, adapter_name)
-        for buffers in self.factors_of(adapter_name):
+        for buffers in self.factors_of(adapter_name).values():
             del buffers[adapter_name]
-        for noted in (self.pending, self._served, self._astray):
-            noted.discard(adapter_name)
-        self._unserved.pop(adapter_name, None)
+        for names in (self.pending, self._hooked, self._unretracted):
+            names.discard(adapter_name)
+        self._watches.pop(adapter_name, None)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._unserved.clear()  # gains that a checkpoint brings were moved by no optimizer
+        self._watches.clear()  # no optimizer moved the gains that a checkpoint brings
         self._budget.clear()  # it may bring other σ
         super()._load_from_state_dict(*args)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Parameters follow the base layer's device and dtype (as in PEFT); factors its device only."""
+        """Move parameters to the base layer's device and dtype (as in PEFT), factors to its device only."""
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        for buffers in self.factors_of(adapter_name) if device is not None else ():
-            buffers[adapter_name] = buffers[adapter_name].to(device)
+        if device is not None:
+            factors = {
+                name: buffers[adapter_name].to(device) for name, buffers in self.factors_of(adapter_name).items()
+            }
+            self.place_factors(adapter_name, factors)  # shares again what PEFT assigned
 
     @torch.no_grad()
     def retract_(self, adapter: str) -> None:
@@ -199,9 +202,9 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         if not self.configs[adapter].is_closed or A.device.type == "meta" or is_flat(A):
             return
         whole = self.hiplora_A.whole(adapter), self.hiplora_B.whole(adapter)
-        for kept, value in zip((A, B), self.retracted(adapter, *whole), strict=True):
-            kept.copy_(own_part(value, kept))
-        self._astray.discard(adapter)
+        for parameter, value in zip((A, B), self.retracted(adapter, *whole), strict=True):
+            parameter.copy_(own_part(value, parameter))
+        self._unretracted.discard(adapter)
 
     def retracted(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and B, fp32 at least, in the complement of an adapter's protected directions (Eq. 4)."""
@@ -212,39 +215,39 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         """Return the larger of ‖UᵀB‖/‖B‖ and ‖AV‖/‖A‖; 0 where the projection is off or soft."""
         if not self.configs[adapter].is_closed:
             return 0.0
-        self.ensure_factors(adapter)
         A, B, U, V = self._residual(adapter)
         return leak(A, B, *protected(U, V, self.configs[adapter].basis_sides))
 
     def _projected_sides(self, adapter: str) -> str | None:
-        """Return the sides on which a pass projects A and B: while they train, whatever moves them; else None."""
-        config, seen = self.configs[adapter], observed()
+        """Return the sides on which a pass projects A and B, as it does while they train; else None."""
+        config, is_observed = self.configs[adapter], observed()
         if not config.is_closed:
             return None
-        if not seen and self._trains(self.hiplora_A.parameter(adapter), self.hiplora_B.parameter(adapter)):
-            self._astray.add(adapter)
-        return config.basis_sides if seen or adapter in self._astray else None
+        if not is_observed and self._trains(self.hiplora_A.parameter(adapter), self.hiplora_B.parameter(adapter)):
+            self._unretracted.add(adapter)
+        return config.basis_sides if is_observed or adapter in self._unretracted else None
 
     def _trains(self, *parameters: Tensor) -> bool:
-        """Whether this may be a pass of a training of any of these parameters."""
-        return (self.training or torch.is_grad_enabled()) and any(one.requires_grad for one in parameters)
+        """Whether this pass may be part of training any of these parameters."""
+        return (self.training or torch.is_grad_enabled()) and any(p.requires_grad for p in parameters)
 
     def _softened(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and B as they act: through the soft projection where there is one."""
         if self.configs[adapter].projection == "hard":
             return A, B
-        filters = [dict(held.items()).get(adapter) for held in (self.hiplora_shrink_U, self.hiplora_shrink_V)]
+        filters = [dict(buffers.items()).get(adapter) for buffers in (self.hiplora_shrink_U, self.hiplora_shrink_V)]
         soft_A, soft_B = soften(A.float(), B.float(), self.hiplora_U[adapter], self.hiplora_V[adapter], *filters)
         return soft_A.to(A.dtype), soft_B.to(B.dtype)
 
     def _residual(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (A, B, U, V), fp32 at least."""
+        self.ensure_factors(adapter)
         A, B = self.hiplora_A.whole(adapter).detach(), self.hiplora_B.whole(adapter).detach()
         dtype = torch.promote_types(A.dtype, torch.float32)
         return A.to(dtype), B.to(dtype), self.hiplora_U[adapter].to(dtype), self.hiplora_V[adapter].to(dtype)
 
     def gain_scale(self, adapter: str) -> Tensor | None:
-        """Return what the gains' parameter is multiplied by to give δ: σ where it holds ρ = δ/σ, 1 where σ is 0."""
+        """Return the factor from the gains' parameter to δ: σ where it holds ρ = δ/σ, 1 where σ is 0; else None."""
         if not self.configs[adapter].relative_gains:
             return None
         self.ensure_factors(adapter)
@@ -272,24 +275,24 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         weights = self.budget(adapter)
         return penalty(self.hiplora_delta.whole(adapter).to(weights.dtype), weights)
 
-    def serve(self, adapter: str) -> None:
+    def mark_hooked(self, adapter: str) -> None:
         """Note that the optimizer hooks see the steps of an adapter's gains."""
-        self._served.add(adapter)
-        self._unserved.pop(adapter, None)
+        self._hooked.add(adapter)
+        self._watches.pop(adapter, None)
 
-    def _expect_service(self, adapter: str) -> None:
-        """Refuse to go on after steps that the optimizer hooks did not see, where they should have cost a price."""
-        if adapter not in self.hiplora_delta or adapter in self._served or observed():
+    def _check_hooked(self, adapter: str) -> None:
+        """Raise AdapterError if the gains need the optimizer hooks, and steps that these did not see trained them."""
+        if adapter not in self.hiplora_delta or adapter in self._hooked or observed():
             return
         config, delta = self.configs[adapter], self.hiplora_delta.parameter(adapter)
-        priced = config.gain_lr_ratio != 1 or (config.stability_mode != "none" and config.stability_weight > 0)
+        needs_hooks = config.gain_lr_ratio != 1 or (config.stability_mode != "none" and config.stability_weight > 0)
         # Under torch.func.functional_call, another tensor stands in for the parameter.
-        own = isinstance(delta, nn.Parameter) and not is_sharded(delta)
-        if not priced or not own or not self._trains(delta):
+        is_whole = isinstance(delta, nn.Parameter) and not is_sharded(delta)
+        if not needs_hooks or not is_whole or not self._trains(delta):
             return
-        if adapter not in self._unserved:
-            self._unserved[adapter] = Watch(delta)
-        elif self._unserved[adapter].finds_training(delta):
+        if adapter not in self._watches:
+            self._watches[adapter] = Watch(delta)
+        elif self._watches[adapter].finds_training(delta):
             raise AdapterError(
                 f"layer {self.name}: the gains of adapter '{adapter}' were trained by an optimizer whose parameters "
                 "are not the model's (flat or master copies), so neither stability_weight nor gain_lr_ratio can act; "
@@ -299,12 +302,12 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return the whole update as (A', B'), (r + k, n) and (m, r + k), fp32 at least, with ΔW = B'A' exactly."""
-        self.ensure_factors(adapter)
         A, B, U, V = self._residual(adapter)
-        A, B = self.retracted(adapter, A, B) if adapter in self._astray else self._softened(adapter, A, B)
-        if (delta := self.gains(adapter)) is None:
-            return A, self.scaling[adapter] * B
-        return fused_factors(A, B, delta.detach().to(A.dtype), U, V, self.scaling[adapter])
+        with full_precision(A.device):  # a merge inside autocast is as exact as any
+            A, B = self.retracted(adapter, A, B) if adapter in self._unretracted else self._softened(adapter, A, B)
+            if (delta := self.gains(adapter)) is None:
+                return A, self.scaling[adapter] * B
+            return fused_factors(A, B, delta.to(A.dtype), U, V, self.scaling[adapter])
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return ΔW in the base layer's layout, fp32 at least."""
@@ -333,7 +336,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         adapters = [name for name in dict.fromkeys(adapter_names or self.active_adapters) if name in self.hiplora_A]
         for adapter in adapters:
             self.ensure_factors(adapter)
-            self._expect_service(adapter)
+            self._check_hooked(adapter)
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
@@ -360,22 +363,19 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Replace the base weight by W + ΔW; the frozen weight itself is kept and comes back with `unmerge`.
-
-        With `safe_merge` a merged weight that is not finite is an AdapterError.
-        """
+        """Replace the base weight by W + ΔW until `unmerge`; with `safe_merge`, AdapterError if it is not finite."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hiplora_A]
         if not names:
             return
         weight = frozen_weight(self).T if self.transposed else frozen_weight(self)
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        merged = sum((self.get_delta_weight(name) for name in names), wide).to(weight.dtype)
+        upcast = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        merged = sum((self.get_delta_weight(name) for name in names), upcast).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise AdapterError(f"layer {self.name}: merging {names} gives a weight with NaN or Inf; nothing is merged")
         layer, quantised = self.get_base_layer(), self.quantization_backend is not None
         self._frozen = self._frozen or [layer if quantised else layer.weight]
         if quantised:
-            # The backends alter the layer, its weight or its state; they get a copy, and the layer itself comes back.
+            # The backends alter the layer, its weight or its state: they get a copy, and `unmerge` restores the layer.
             self.base_layer = copy.deepcopy(self._frozen[0])
             self.set_base_weight(merged)
         else:

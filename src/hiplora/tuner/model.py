@@ -50,12 +50,15 @@ class HipLoraModel(BaseTuner):
     prefix = "hiplora_"
     tuner_layer_cls = HipLoraLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's class attribute; see below
-    _rowless: tuple[int, str | None] = (0, None)  # of so many layers, one whose input has no rows in front
-    _unloaded: Any = None  # the hook that sees a pass of a model for which no file came
+    _rowless_layer: tuple[int, str | None] = (
+        0,
+        None,
+    )  # number of layers, and one whose inputs are not the model's rows
+    _unloaded_hook: Any = None  # handle of the hook for a pass before any file has brought the tensors
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Name the frozen factors, for DDP to leave alone: they are broadcast here, once, not before every pass."""
+        """Return the names of the frozen factors: they are broadcast here, once, and not by DDP before every pass."""
         factors = {name: buffer for name, buffer in self.named_buffers() if f".{self.prefix}" in name}
         for buffer in factors.values() if torch.distributed.is_initialized() else ():
             torch.distributed.broadcast(buffer, 0)
@@ -68,7 +71,7 @@ class HipLoraModel(BaseTuner):
             check_fingerprints(self.model, config)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        """Choose modules where no target is given, and find the factors of all: what can go wrong does so here."""
+        """Choose modules where no target is set, and find the factors of all, before anything is replaced."""
         config, model = peft_config, self.model
         targets = find_targets(model, config)
         self._target_names = {target.name for target in targets}
@@ -77,16 +80,16 @@ class HipLoraModel(BaseTuner):
             config.calibrated = shared
             return config
         if not config.from_checkpoint:
-            if config.fingerprints:  # of another model's adapter, whose configuration this object stays
+            if config.fingerprints:  # of another model's adapter, which keeps this object
                 config = copy.copy(config)
-                self.peft_config |= {name: config for name, one in self.peft_config.items() if one is peft_config}
+                self.peft_config |= {name: config for name, other in self.peft_config.items() if other is peft_config}
             config.fingerprints, config.principal_ranks, config.base_precision = {}, {}, ""
             for note in left_out(model, config, targets):
                 warnings.warn(note, stacklevel=2)
         fused = unroll(model) if any(map(shared_side, self._target_names)) else {}
         config.awaits_file = config.from_checkpoint and config.save_factors
-        if config.awaits_file and self._unloaded is None:
-            self._unloaded = model.register_forward_pre_hook(self._begin_unloaded)
+        if config.awaits_file and self._unloaded_hook is None:
+            self._unloaded_hook = model.register_forward_pre_hook(self._start_unloaded)
         try:
             if not config.awaits_file:
                 if config.basis == "weight":
@@ -104,9 +107,9 @@ class HipLoraModel(BaseTuner):
         return config
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
-        """Match what `find_targets` has found, and nothing else."""
-        found = super()._check_target_module_exists(peft_config, key)
-        return found if isinstance(found, _ExcludedModule) else key in self._target_names
+        """Match exactly the targets of `find_targets`."""
+        match = super()._check_target_module_exists(peft_config, key)
+        return match if isinstance(match, _ExcludedModule) else key in self._target_names
 
     def _inject_parameters(self, peft_config: Any, *args: Any, **kwargs: Any) -> list[str]:
         return list(peft_config.target_parameters)  # injected already, as the layers that experts are unrolled to
@@ -117,7 +120,7 @@ class HipLoraModel(BaseTuner):
         return model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cast as PEFT does; what comes out of half precision is projected once more, to the accuracy of fp32."""
+        """Cast as PEFT does; project again, to the accuracy of fp32, what was cast from half precision."""
         before = {layer: layer.hiplora_A[adapter_name].dtype for layer in _layers(self, adapter_name).values()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer, dtype in before.items():
@@ -164,7 +167,7 @@ class HipLoraModel(BaseTuner):
                         module.use_nested_tensor = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; PEFT passes MPT's `adapter_names` on to here, and MPT drops them."""
+        """Run the model; PEFT passes MPT's `adapter_names` on to this method, and MPT drops them."""
         if kwargs.get("adapter_names") is None:
             return super().forward(*args, **kwargs)
         with self._enable_peft_forward_hooks(**kwargs):
@@ -172,17 +175,17 @@ class HipLoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Prepare a pass of the PEFT model: measure what no file brought, and name each row's adapter to the layers."""
+        """Prepare a pass of the PEFT model: start adapters without a file, and tell the layers each row's adapter."""
         for adapter in self.active_adapters:
-            self._begin_anew(adapter)
+            self._start_untrained(adapter)
         with ExitStack() as handles:
             if (names := kwargs.get("adapter_names")) is not None:
                 for handle in self._hook_rows(list(names), kwargs.get("num_beams") or 1):
                     handles.callback(handle.remove)
             yield
 
-    def _begin_anew(self, adapter: str) -> bool:
-        """Begin an adapter whose configuration came from a file, but whose tensors did not; calibrate what needs it.
+    def _start_untrained(self, adapter: str) -> bool:
+        """Start an adapter whose configuration is from a file, but whose tensors are not, calibrated if need be.
 
         Returns whether it was one.
         """
@@ -192,24 +195,24 @@ class HipLoraModel(BaseTuner):
         config.awaits_file = False
         layers = [layer for layer in _layers(self, adapter).values() if not layer.has_factors(adapter)]
         if layers and config.basis != "weight":
-            chosen = copy.copy(config)
-            chosen.principal_rank_pattern = {**config.principal_ranks, **config.principal_rank_pattern}
-            calibrate_itself(self.model, chosen)
-            config.calibration = chosen.calibration
+            with_ranks = copy.copy(config)
+            with_ranks.principal_rank_pattern = {**config.principal_ranks, **config.principal_rank_pattern}
+            calibrate_itself(self.model, with_ranks)
+            config.calibration = with_ranks.calibration
             for layer in layers:
-                layer.begin_anew(adapter, chosen.calibrated[layer.name])
+                layer.start_untrained(adapter, with_ranks.calibrated[layer.name])
         for layer in layers:
             layer.ensure_factors(adapter)
         return bool(layers)
 
-    def _begin_unloaded(self, *_: Any) -> None:
-        """Begin, in a pass without PEFT's model (transformers' own interface), what a file should have brought."""
+    def _start_unloaded(self, *_: Any) -> None:
+        """Start adapters without a file in a pass without PEFT's model (transformers' own interface)."""
         if torch.compiler.is_compiling():
             return
-        self._unloaded.remove()
-        self._unloaded = None
+        self._unloaded_hook.remove()
+        self._unloaded_hook = None
         for adapter in self.peft_config:
-            if self._begin_anew(adapter):
+            if self._start_untrained(adapter):
                 warnings.warn(
                     f"adapter '{adapter}' has a configuration from a file, but none of the tensors, so it begins anew, "
                     "untrained; if a file was to bring them, transformers does not find its names: load it with "
@@ -223,29 +226,30 @@ class HipLoraModel(BaseTuner):
             raise AdapterError("Cannot pass `adapter_names` when the model is in training mode, call `eval` first.")
         if any(layer.merged for layer in layers):
             raise AdapterError("Cannot pass `adapter_names` with merged adapters, call `unmerge_adapter` first.")
-        known = {name for layer in layers for name in layer.hiplora_A}
-        if unknown := sorted(set(names) - known - {"__base__"}):
+        adapters = {name for layer in layers for name in layer.hiplora_A}
+        if unknown := sorted(set(names) - adapters - {"__base__"}):
             raise AdapterError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has "
-                f"{', '.join(sorted(known))}, and '__base__' for the bare model"
+                f"{', '.join(sorted(adapters))}, and '__base__' for the bare model"
             )
         if expert := next((layer.name for layer in layers if shared_side(layer.name)), None):
             raise AdapterError(
                 f"layer {expert}: an expert gets tokens, not rows; run one adapter at a time, not a mix"
             )
-        if self._rowless[0] != len(layers):
-            self._rowless = len(layers), _without_rows(self.model, layers)
-        if self._rowless[1] is not None:
+        if self._rowless_layer[0] != len(layers):
+            self._rowless_layer = len(layers), _layer_without_rows(self.model, layers)
+        if self._rowless_layer[1] is not None:
             raise AdapterError(
-                f"layer {self._rowless[1]}: this model does not give it one row of the batch after the other, so that "
-                "rows cannot have adapters of their own; run one adapter at a time, not a mix"
+                f"layer {self._rowless_layer[1]}: this model does not give it one row of the batch after the other, so "
+                "that rows cannot have adapters of their own; run one adapter at a time, not a mix"
             )
         # Beam search repeats the rows, but not those of an encoder.
-        encoder = set() if beams == 1 or (found := _get_encoder(self.model)) is None else set(found.modules())
+        encoder = _get_encoder(self.model) if beams > 1 else None
+        once = set() if encoder is None else set(encoder.modules())
         repeated = [name for name in names for _ in range(beams)]
 
         def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            return args, {**kwargs, "adapter_names": names if module in encoder else repeated}
+            return args, {**kwargs, "adapter_names": names if module in once else repeated}
 
         hooked = [module for module in self.modules() if isinstance(module, (HipLoraLinear, AuxiliaryTrainingWrapper))]
         return [module.register_forward_pre_hook(name_rows, with_kwargs=True) for module in hooked]
@@ -266,15 +270,15 @@ class HipLoraModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Select what is saved: δ and the factors as they act, whatever the parameters hold while they train."""
+        """Select the tensors to save: δ and the factors as they act, whatever the parameters hold while they train."""
         layers = _layers(model, adapter_name)
         for layer in layers.values():
             layer.ensure_factors(adapter_name)
         for key in [key for key in state_dict if ".base_layer.hiplora_" in key]:  # inside another tuner's layer
             state_dict[key.replace(".base_layer", "")] = state_dict.pop(key)
         for key in list(state_dict):  # one of the trainable parameters alone has no factors
-            prefix, found, _ = key.partition(f".hiplora_A.{adapter_name}")
-            if found and (owner := layers.get(layer_of(key))) is not None:
+            prefix, is_A, _ = key.partition(f".hiplora_A.{adapter_name}")
+            if is_A and (owner := layers.get(layer_of(key))) is not None:
                 for kind in factor_names(config):
                     state_dict.setdefault(f"{prefix}.{kind}.{adapter_name}", getattr(owner, kind)[adapter_name])
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -286,14 +290,14 @@ class HipLoraModel(BaseTuner):
         # PEFT goes on to add the layer of an adapted output head, base weight and all, from this very dict.
         for key in [key for key in state_dict if ".base_layer." in key]:
             del state_dict[key]
-        left_out = () if config.save_factors else FACTOR_NAMES
-        return {key: value for key, value in selected.items() if not any(f".{n}." in key for n in left_out)}
+        unsaved = () if config.save_factors else FACTOR_NAMES
+        return {key: value for key, value in selected.items() if not any(f".{name}." in key for name in unsaved)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Match saved tensors to layers, after checking that all are there and fit this base model."""
+        """Match saved tensors to layers, after checking that none is missing and all fit this base model."""
         config.awaits_file, layers = False, _layers(model, adapter_name)
         named = file_names(state_dict, layers)
         for name, tensors in check_checkpoint(layers, config, adapter_name, named).items():
@@ -306,25 +310,25 @@ class HipLoraModel(BaseTuner):
 
 
 @torch.no_grad()
-def _without_rows(model: Any, layers: Iterable[HipLoraLinear]) -> str | None:
-    """Return a layer whose inputs do not begin with the model's rows, such as Longformer's; a small pass tells."""
-    found: list[tuple[int, str]] = []
+def _layer_without_rows(model: Any, layers: Iterable[HipLoraLinear]) -> str | None:
+    """Return a layer whose inputs do not begin with the model's rows, such as Longformer's, by a small pass."""
+    lengths: list[tuple[int, str]] = []
 
-    def note(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        found.append((len(next(iter((*args, *kwargs.values())))), layer.name))
+    def record(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        lengths.append((len(next(iter((*args, *kwargs.values())))), layer.name))
 
     rows = -1
     with ExitStack() as handles, suppress(Exception):  # models that need more, or other, than tokens
         for layer in layers:
-            handles.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+            handles.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
         tokens = {key: value.clamp(max=1).to(model.device) for key, value in model.dummy_inputs.items()}
         rows = len(tokens["input_ids"])
         model(**tokens)
-    return next((name for length, name in found if length != rows), None)
+    return next((name for length, name in lengths if length != rows), None)
 
 
 def _no_fast_path(module: nn.Module, args: tuple) -> None:
-    """Do nothing: it is there to be seen."""
+    """Do nothing: torch leaves its fast path where a module has a hook."""
 
 
 def _layers(model: nn.Module, adapter: str) -> dict[str, HipLoraLinear]:
@@ -334,7 +338,7 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, HipLoraLinear]:
 def _gain_scales(
     state: Mapping[str, Tensor], layers: Mapping[str, HipLoraLinear], adapter: str
 ) -> list[tuple[str, Tensor]]:
-    """Return the keys of gains that are δ in a file and ρ = δ/σ in the model, each with its σ."""
+    """Return the keys of gains that are δ in a file and ρ = δ/σ in the model, each with the factor between them."""
     keys = [key for key in state if ".hiplora_delta" in key and layer_of(key) in layers]
     scales = {key: layers[layer_of(key)].gain_scale(adapter) for key in keys}
     return [(key, scale.to(state[key].device)) for key, scale in scales.items() if scale is not None]
@@ -343,43 +347,47 @@ def _gain_scales(
 def _shared_factors(
     model: nn.Module, config: HipLoraConfig, targets: Sequence[Target]
 ) -> dict[str, SpectralFactors] | None:
-    """Return the factors of an adapter in the model that has this very configuration, or one of the same basis."""
+    """Return the factors of an adapter in the model that has this configuration object, or one of the same basis."""
     layers = [module for module in model.modules() if isinstance(module, HipLoraLinear)]
-    for adapter, other in {name: held for layer in layers for name, held in layer.configs.items()}.items():
+    for adapter, other in {name: found for layer in layers for name, found in layer.configs.items()}.items():
         if other is config or (config.from_checkpoint and _basis_of(other) == _basis_of(config)):
-            held = {layer.name: layer for layer in layers if adapter in layer.configs and layer.has_factors(adapter)}
-            names = [target.name for target in targets if target.name in held]
-            found = {name: held[name].spectral_factors(adapter, other, other.fingerprints[name]) for name in names}
-            if all(t.name in found and (found[t.name].rank == t.k or not isinstance(t.k, int)) for t in targets):
-                return found
+            adapted = {
+                layer.name: layer for layer in layers if adapter in layer.configs and layer.has_factors(adapter)
+            }
+            names = [target.name for target in targets if target.name in adapted]
+            factors = {
+                name: adapted[name].spectral_factors(adapter, other, other.fingerprints[name]) for name in names
+            }
+            if all(t.name in factors and (factors[t.name].rank == t.k or not isinstance(t.k, int)) for t in targets):
+                return factors
     return None
 
 
 def _basis_of(config: HipLoraConfig) -> list[Any]:
-    """Return the settings that decide an adapter's factors, and what they were made of."""
+    """Return the settings that decide an adapter's factors, and the weights and text that these were made from."""
     names = ("basis", "basis_sides", "projection", "svd_tolerance", "fingerprints", "calibration")
     ranks = ("principal_rank", "principal_rank_pattern", "principal_ranks")
     return [getattr(config, name) for name in (*names, *ranks)]
 
 
 def _check_complement(config: HipLoraConfig, targets: Iterable[Target]) -> None:
-    """Refuse a layer in which nothing could learn; warn where only the gains can, or of a rank r above what is left."""
-    warned: dict[str, list[str]] = {}  # remedy → what was found, layer by layer
+    """Refuse a layer in which nothing could learn; warn where only the gains can, or r exceeds the complement."""
+    problems: dict[str, list[str]] = {}  # by remedy, layer by layer
     for target in targets if config.is_closed else ():
         k, r = config.calibrated[target.name].rank, for_module(config.rank_pattern, target.name, config.r)
         sides = zip(("output", "input"), target.shape, strict=True)
-        room = [(n - k * (config.basis_sides in ("both", side)), n, side) for side, n in sides]
-        left, n, side = min(room, key=lambda one: one[0])
-        if r > left > 0:
-            found = f"layer {target.name}: r {r} is above the {left} directions that principal_rank {k} leaves"
-            warned.setdefault("lower one of them, or set rank_pattern or principal_rank_pattern", []).append(found)
-        if left <= 0:
-            found = f"layer {target.name}: principal_rank {target.k!r} protects all of its {n} {side}s"
+        complements = [(n - k * (config.basis_sides in ("both", side)), n, side) for side, n in sides]
+        free, n, side = min(complements, key=lambda complement: complement[0])
+        if r > free > 0:
+            problem = f"layer {target.name}: r {r} is above the {free} directions that principal_rank {k} leaves"
+            problems.setdefault("lower one of them, or set rank_pattern or principal_rank_pattern", []).append(problem)
+        if free <= 0:
+            problem = f"layer {target.name}: principal_rank {target.k!r} protects all of its {n} {side}s"
             remedy = "lower it (principal_rank_pattern sets one layer's), or leave the layer out (exclude_modules)"
             if not config.principal_channel:
-                raise ConfigError(f"{found}, so nothing in it could learn; {remedy}")
-            warned.setdefault(remedy, []).append(f"{found}, so that only its gains learn")
-    for remedy, (first, *more) in warned.items():
+                raise ConfigError(f"{problem}, so nothing in it could learn; {remedy}")
+            problems.setdefault(remedy, []).append(f"{problem}, so that only its gains learn")
+    for remedy, (first, *more) in problems.items():
         warnings.warn(first + f" (and so in {len(more)} more)" * bool(more) + f"; {remedy}", stacklevel=2)
 
 

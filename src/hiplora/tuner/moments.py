@@ -53,7 +53,7 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 
 class _Collector:
-    """Sums up second moments, of a layer or of the experts that share a space, while the model runs; padding is out."""
+    """Sums up second moments of layers, or of experts that share a space, while the model runs, without padding."""
 
     side: str
 
@@ -86,14 +86,14 @@ class _Collector:
     def bases(
         self, ranks: Mapping[str, int | None], directions: Callable[[SecondMoment, Any, str], MomentBasis]
     ) -> Bases:
-        """Return so many `directions` of each layer's moment; layers that share it and k share one object."""
-        found: dict[tuple[str, int | None], MomentBasis] = {}
+        """Return k `directions` of each layer's moment; layers that share a moment and k share one object."""
+        by_space: dict[tuple[str, int | None], MomentBasis] = {}
         bases: Bases = {}
         for name, k in ranks.items():
             space = self.leader.get(name) or shared_space(name, self.side) or name
-            if (space, k) not in found:
-                found[space, k] = directions(self._moment(space), k, name)
-            bases[name] = found[space, k]
+            if (space, k) not in by_space:
+                by_space[space, k] = directions(self._moment(space), k, name)
+            bases[name] = by_space[space, k]
         return bases
 
     def _moment(self, name: str) -> SecondMoment:
@@ -108,7 +108,7 @@ class _Collector:
 
 
 class MomentCollector(_Collector):
-    """Of layers' inputs. Those called in a row with the very same tensor (q, k and v; gate and up) share a moment."""
+    """Collects moments of inputs; layers called in a row with the very same tensor (q, k, v; gate, up) share one."""
 
     side = "input"
     _last: tuple[str, Tensor] | None = None
@@ -130,7 +130,7 @@ class MomentCollector(_Collector):
                 self.add(shared, x, None)
             elif last is not None and x is last[1] and self.leader.get(name, last[0]) == last[0]:
                 self.leader[name] = last[0]
-            elif self.leader.setdefault(name, name) == name:  # else its leader has been summed up, in this very pass
+            elif self.leader.setdefault(name, name) == name:  # else its leader has added this tensor in this pass
                 self._last = (name, x)
                 self.add(name, x, self._mask)
 
@@ -138,7 +138,7 @@ class MomentCollector(_Collector):
 
 
 class GradientCollector(_Collector):
-    """Of the gradients at layers' outputs, of `−log p(y)` with y drawn from the model's own distribution everywhere.
+    """Collects moments of the gradients of `−log p(y)` at layers' outputs, y drawn from the model's own distribution.
 
     So the moment is the layer's factor of the Fisher information. A draw depends on the number of its row only. The
     first `limit` tokens are used, to the end of their row.
@@ -179,7 +179,9 @@ class GradientCollector(_Collector):
         def hook(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return output
-            if not output.requires_grad:  # the first layer: the graph begins here, with what may be changed in place
+            if (
+                not output.requires_grad
+            ):  # the first layer: the graph begins here, with a copy that may change in place
                 output = output.detach().requires_grad_(True).clone()
             output.register_hook(lambda gradient: self.add(space, gradient, self._mask))
             return output
@@ -195,22 +197,22 @@ class GradientCollector(_Collector):
                 f"{type(model).__name__} gives no logits, one row a token or one a text, that depend on the layers "
                 f"to calibrate, and the output side of the activation basis comes from their gradients; {_INPUT_SIDE}"
             )
-        places = logits if logits.dim() == 3 else logits[:, None]  # a classifier's logits are one place a row
-        if self._mask is None or self._mask.shape != places.shape[:2]:
-            self._mask = torch.ones(places.shape[:2], dtype=torch.bool)
+        logits = logits if logits.dim() == 3 else logits[:, None]  # a classifier has one prediction a row
+        if self._mask is None or self._mask.shape != logits.shape[:2]:
+            self._mask = torch.ones(logits.shape[:2], dtype=torch.bool)
         mask = self._mask.cpu()
-        gradient = torch.zeros_like(places)
+        gradient = torch.zeros_like(logits)
         for index in range(len(mask)):
             if self._done:  # the rest of this batch is left out, so that the batch size changes nothing
                 mask[index] = False
             elif (count := int(mask[index].sum())) > 0:
-                at = mask[index].to(places.device)
-                gradient[index, at] = score(places[index, at].detach(), self._rows).to(places.dtype)
+                tokens = mask[index].to(logits.device)
+                gradient[index, tokens] = score(logits[index, tokens].detach(), self._rows).to(logits.dtype)
                 self._tokens += count
             self._rows += 1
         self._mask = None if mask.all() else mask
         try:
-            torch.autograd.backward(places, gradient)
+            torch.autograd.backward(logits, gradient)
         except RuntimeError as error:
             if "inplace operation" not in str(error):
                 raise
@@ -222,9 +224,9 @@ class GradientCollector(_Collector):
 
 
 def shared_space(name: str, side: str) -> str | None:
-    """Return the name under which a layer's side is measured together with other experts'; None where it is not."""
-    found = shared_side(name)
-    return found[0] if found is not None and found[1] == side else None
+    """Return the name under which a layer's side is measured together with other experts'; None if it is not."""
+    shared = shared_side(name)
+    return shared[0] if shared is not None and shared[1] == side else None
 
 
 def measure_inputs(
@@ -250,7 +252,7 @@ def measure_outputs(model: nn.Module, ranks: Mapping[str, int], run: Callable[[]
 def score(logits: Tensor, row: int) -> Tensor:
     """Return `p − e_y`, the gradient of −log p(y) in the logits (tokens, vocabulary), for y drawn from p."""
     generator = torch.Generator().manual_seed(0x9E3779B1 * (row + 1) % 2**32)
-    if logits.shape[-1] == 1:  # one number, not a choice: of a unit-variance Gaussian around it
+    if logits.shape[-1] == 1:  # a number, not a choice: y is from a unit-variance Gaussian around it
         return torch.randn(logits.shape, generator=generator).to(logits)
     probabilities = logits.float().softmax(-1)
     uniform = torch.rand(len(logits), generator=generator).double()[:, None].to(logits.device)
@@ -259,6 +261,6 @@ def score(logits: Tensor, row: int) -> Tensor:
 
 
 def token_mask(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """Return which tokens of a model's call are not padding, (rows, length); None where none is, or it does not say."""
+    """Return which tokens of a model's call are not padding, (rows, length); None if all, or the call does not say."""
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all() else None

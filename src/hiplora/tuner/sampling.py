@@ -1,4 +1,4 @@
-"""Text that a model writes itself to be calibrated on: half of it begun at random, half conversations."""
+"""Sample text from a model to calibrate it on: half of it begins at random, half are conversations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import inspect
-import itertools
 import logging
 import re
 import time
@@ -43,9 +42,9 @@ OWN_DATA = (
     "call hiplora.calibrate(model, config, run_model=...) with a function that runs the model over data of yours, with "
     "basis_sides='input' if it gives no logits; or set basis='weight'"
 )
-CACHES = ("past_key_values", "cache_params", "state")  # what models call the memory of the tokens before
+CACHES = ("past_key_values", "cache_params", "state")  # models' names for the cache of earlier tokens
 _SAMPLED_AT_ONCE = 40
-_PLAIN = re.compile(r"\.(base_layer|original_module)\b")  # what adapters put into the names of a model's own weights
+_WRAPPERS = re.compile(r"\.(base_layer|original_module)\b")  # that adapters add to the names of a model's weights
 logger = logging.getLogger(__name__)
 _FORMAT = 1  # raised when a measurement changes: old entries are then not found
 
@@ -72,7 +71,7 @@ def model_fingerprint(model: nn.Module) -> str:
                 value = parameter.data
                 if type(value).dequantize is not Tensor.dequantize:  # torchao's
                     value = value.dequantize()
-                digest.update(f"{_PLAIN.sub('', name)} {weight_fingerprint(value, name)}\n".encode())
+                digest.update(f"{_WRAPPERS.sub('', name)} {weight_fingerprint(value, name)}\n".encode())
     return digest.hexdigest()
 
 
@@ -84,13 +83,14 @@ def sampled_rows(
     identity: str = "",
     tokenizer: Any = None,
 ) -> list[Tensor]:
-    """Return about `tokens` token ids in rows, sampled from the base model: those that `calibrate` measures on.
+    """Return about `tokens` token ids in rows, sampled from the base model, as `calibrate` measures on.
 
     Every other row is a conversation that the model writes itself, both sides of it: in the tokenizer's chat template,
     else questions and answers. The rest is text begun by a random token; all of it, where there is no tokenizer.
 
-    What was sampled before is read from `store`, by default the cache; `identity` is the `model_fingerprint`, if known;
-    `tokenizer` None is the one that the model was loaded with. ConfigError: it is not a causal language model.
+    Stored samples are read from `store`, by default the cache; `identity` is the `model_fingerprint`, if known;
+    `tokenizer` None is the one of the model's folder or hub repository. ConfigError: the model is not a causal language
+    model.
     """
     store, identity = store or CalibrationStore(), identity or model_fingerprint(model)
     check_causal(model)
@@ -102,31 +102,35 @@ def sampled_rows(
     rows: list[Tensor] = []
     with base_only(model):
         for first in range(0, count, _SAMPLED_AT_ONCE):
-            part = range(first, min(first + _SAMPLED_AT_ONCE, count))
-            path = store.path("sampled", identity, length, seed, part.start, part.stop, recipe)
+            numbers = range(first, min(first + _SAMPLED_AT_ONCE, count))
+            path = store.path("sampled", identity, length, seed, numbers.start, numbers.stop, recipe)
             if not path.is_file():
-                minutes = max(1, round(_seconds(model, len(part), length) / 60))
-                said = "first run with this model: measuring what its layers are fed, on %d rows that it writes, once"
-                logger.info(f"{said}: about %d min; kept in %s", len(part), minutes, store.root)
-            sample = functools.partial(sample_rows, model, part, length, seed, scripts)
-            made, _ = store.get_or_make(path, lambda sample=sample: ({"rows": sample().int()}, {}))  # type: ignore[misc]
-            rows.extend(made["rows"].long())
+                logger.info(
+                    "first run with this model: measuring what its layers are fed, on %d rows that it writes, once: "
+                    "about %d min; kept in %s",
+                    len(numbers),
+                    max(1, round(_estimated_seconds(model, len(numbers), length) / 60)),
+                    store.root,
+                )
+            sample = functools.partial(sample_rows, model, numbers, length, seed, scripts)
+            tensors, _ = store.get_or_make(path, lambda sample=sample: ({"rows": sample().int()}, {}))  # type: ignore[misc]
+            rows.extend(tensors["rows"].long())
     return rows
 
 
-def _seconds(model: Any, rows: int, length: int) -> float:
-    """Estimate how long rows take to be sampled, token by token, and then measured on, forward and backward."""
-    took, device = [], next(model.parameters()).device
+def _estimated_seconds(model: Any, rows: int, length: int) -> float:
+    """Estimate how long it takes to sample rows, token by token, and to measure on them, forward and backward."""
+    seconds, device = [], next(model.parameters()).device
     for shape in ((rows, 1), (rows, 1), (1, length)):  # the first warms up
-        began = time.perf_counter()
+        start = time.perf_counter()
         with torch.no_grad():
             float(model(input_ids=torch.zeros(shape, dtype=torch.long, device=device)).logits[0, -1, 0])
-        took.append(time.perf_counter() - began)
-    return length * took[1] + 3 * rows * took[2]
+        seconds.append(time.perf_counter() - start)
+    return length * seconds[1] + 3 * rows * seconds[2]
 
 
 class Script(NamedTuple):
-    """How two sides take turns in a row: token ids that open it, end the first side's turn, and begin it again."""
+    """How two sides take turns in a row: token ids before the first turn, before a reply, and before a new turn."""
 
     opening: list[int]
     reply: list[int]
@@ -138,29 +142,29 @@ def conversation_scripts(model: Any, tokenizer: Any, length: int) -> list[Script
     """Return the conversations that rows follow: the chat template's, else `QUESTIONS`; none without a tokenizer."""
     if tokenizer is None or not knows_text(tokenizer):
         return []
-    vocabulary, begin, own = _tokens(model)
-    special = {*own, *tokenizer.all_special_ids}
+    vocabulary, begin, special_ids = _vocabulary(model)
+    special = {*special_ids, *tokenizer.all_special_ids}
     begin = begin if begin == tokenizer("x")["input_ids"][:1] else []
     texts, ends = QUESTIONS, lambda token: token in special or "\n" in tokenizer.decode([token])
     if tokenizer.chat_template is not None and (chat := _chat_pieces(tokenizer)) is not None:
         texts, ends, begin = [chat], special.__contains__, []
-    pieces = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in one] for one in texts]
+    pieces = [[tokenizer(part, add_special_tokens=False)["input_ids"] for part in text] for text in texts]
     scripts = [Script(begin + opening, reply, again, ends) for opening, reply, again in pieces]
-    fitting = [one for one in scripts if len(one.opening) < length / 2]
-    return [one for one in fitting if max(one.opening + one.reply + one.again) < vocabulary]
+    short = [script for script in scripts if len(script.opening) < length / 2]
+    return [script for script in short if max(script.opening + script.reply + script.again) < vocabulary]
 
 
 def _chat_pieces(tokenizer: Any) -> tuple[str, str, str] | None:
-    """Return what a chat template writes before the user's first turn, between the turns, and before the next one."""
+    """Return a chat template's text before the user's first turn, between the turns, and before the next one."""
     turns = {"<1>": "user", "<2>": "assistant", "<3>": "user"}
     messages = [{"role": role, "content": mark} for mark, role in turns.items()]
-    # Llama's templates write the day; the text, and what is measured on it, would be new every day.
+    # Llama's templates write the date: with today's, text and measurements would be new every day.
     write = functools.partial(tokenizer.apply_chat_template, tokenize=False, date_string="26 Jul 2024")
     try:
-        text, opened = write(messages), write(messages[:1], add_generation_prompt=True)
-        opening, reply = opened.split("<1>")
+        text, prompt = write(messages), write(messages[:1], add_generation_prompt=True)
+        opening, reply = prompt.split("<1>")
         return opening, reply, text.split("<2>")[1].split("<3>")[0]
-    except Exception:  # jinja2's errors, and any shape of template that this does not know
+    except Exception:  # jinja2's errors, or a template that does not have these parts
         return None
 
 
@@ -168,7 +172,7 @@ def _own_tokenizer(model: Any) -> Any:
     """Return the tokenizer of the folder or hub name that a model was loaded from, if this machine has it."""
     if not (name := getattr(model, "name_or_path", "")):
         return None
-    with contextlib.suppress(Exception):  # whatever transformers raises: the model may have come without one
+    with contextlib.suppress(Exception):  # whatever transformers raises for a model without one
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         return tokenizer if prepare_template(tokenizer) else None
     return None
@@ -177,18 +181,20 @@ def _own_tokenizer(model: Any) -> Any:
 @torch.no_grad()
 def check_causal(model: Any) -> None:
     """Check that text can be sampled from a model: that it predicts the next token, and looks at no later one."""
-    config, why = getattr(model, "config", None), ""  # a dictionary, or of another library, outside transformers
+    config, problem = getattr(model, "config", None), ""  # a dictionary, or of another library, outside transformers
     if getattr(config, "is_encoder_decoder", False) or not getattr(model, "can_generate", bool)():
-        why = "is not a causal language model"
+        problem = "is not a causal language model"
     else:
         with base_only(model):
             ahead = looks_ahead(model)
         if ahead is not False:
-            why = (
+            problem = (
                 "looks at later tokens too, as for masked words" if ahead else "does not give a logit for every token"
             )
-    if why:
-        raise ConfigError(f"{type(model).__name__} {why}, so no calibration text can be sampled from it; {OWN_DATA}")
+    if problem:
+        raise ConfigError(
+            f"{type(model).__name__} {problem}, so no calibration text can be sampled from it; {OWN_DATA}"
+        )
 
 
 @torch.no_grad()
@@ -200,9 +206,9 @@ def sample_rows(
     Odd rows follow the `scripts`, if any; the others begin with a random token. A row depends on the model, the seed
     and its own number only. Tokens that end a text are drawn only to end a turn, so every row has `length` tokens.
     """
-    vocabulary, begin, own = _tokens(model)
+    vocabulary, begin, special_ids = _vocabulary(model)
     device = next(model.parameters()).device
-    special = torch.tensor([token for token in own if token < vocabulary], dtype=torch.long)
+    special = torch.tensor([token for token in special_ids if token < vocabulary], dtype=torch.long)
     choices = torch.ones(vocabulary, dtype=torch.bool).index_fill_(0, special, False).nonzero().flatten()
     writers, draws = [], torch.empty(len(rows), length, dtype=torch.float64)
     for index, row in enumerate(rows):
@@ -214,7 +220,7 @@ def sample_rows(
         torch.rand(length, generator=generator, out=draws[index])
     special, draws = special.to(device), draws.to(device)
     ids, cache = torch.empty(len(rows), 0, dtype=torch.long, device=device), None
-    sampled = [0] * len(rows)  # nothing is sampled for the first place
+    sampled = [0] * len(rows)  # nothing is sampled for the first position
     for position in tqdm(range(length), desc="sampling", delay=2, leave=False, disable=None):
         step = [writer.next(token) for writer, token in zip(writers, sampled, strict=True)]
         ids = torch.cat([ids, torch.tensor(step, device=device)[:, None]], dim=1)
@@ -226,53 +232,53 @@ def sample_rows(
         open_turn = torch.tensor([not writer.may_end for writer in writers], device=device)
         logits = logits[:, :vocabulary].float()
         logits[:, special] = logits[:, special].masked_fill(open_turn[:, None], -torch.inf)
-        heights = logits.softmax(-1).double().cumsum(-1)
-        found = torch.searchsorted(heights, draws[:, position, None] * heights[:, -1:], right=True)
-        sampled = found.clamp_max(vocabulary - 1).flatten().tolist()
+        cumulative = logits.softmax(-1).double().cumsum(-1)
+        tokens = torch.searchsorted(cumulative, draws[:, position, None] * cumulative[:, -1:], right=True)
+        sampled = tokens.clamp_max(vocabulary - 1).flatten().tolist()
     return ids.cpu()
 
 
 class _ReservedLayer(DynamicLayer):
-    """A layer of transformers' cache in memory reserved for all steps; `DynamicLayer` copies what it holds at each."""
+    """A layer of transformers' cache in memory reserved for all steps; `DynamicLayer` is copied at each step."""
 
     keys: Tensor
     values: Tensor
-    rooms: tuple[Tensor, Tensor]
+    reserved: tuple[Tensor, Tensor]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
-        for room, new in zip(self.rooms, (key_states, value_states), strict=True):
-            room[..., start:end, :] = new
-        self.keys, self.values = (room[..., :end, :] for room in self.rooms)
+        for memory, new in zip(self.reserved, (key_states, value_states), strict=True):
+            memory[..., start:end, :] = new
+        self.keys, self.values = (memory[..., :end, :] for memory in self.reserved)
         return self.keys, self.values
 
 
 def reserve(cache: Any, length: int) -> None:
-    """Have the plain layers of transformers' cache reserve memory for `length` tokens; any other cache stays."""
+    """Reserve memory for `length` tokens in the plain layers of transformers' cache; other caches stay unchanged."""
     for layer in getattr(cache, "layers", ()):
         if type(layer) is DynamicLayer and layer.is_initialized:
             spare = (0, 0, 0, length - layer.keys.shape[-2])
-            layer.rooms = tuple(nn.functional.pad(held, spare) for held in (layer.keys, layer.values))
+            layer.reserved = tuple(nn.functional.pad(states, spare) for states in (layer.keys, layer.values))
             layer.__class__ = _ReservedLayer
 
 
 class _Writer:
-    """One row as it is written: what its script puts next, else the token that was sampled."""
+    """Writes one row: the next token of its script, if any, else the sampled token."""
 
     def __init__(self, script: Script | None, begin: list[int], first: int) -> None:
         self.script = script
         self.queue = [*begin, first] if script is None else list(script.opening)
-        self.asks, self.turn = True, 0  # whose turn it is, and how many tokens of it were sampled
+        self.is_question, self.turn = True, 0  # whose turn it is, and how many of its tokens were sampled
 
     @property
     def may_end(self) -> bool:
         return self.script is not None and self.turn > 0
 
     def next(self, sampled: int) -> int:
-        long = self.asks and self.turn >= LONGEST_QUESTION
-        if self.script is not None and self.turn and not self.queue and (long or self.script.ends(sampled)):
-            self.queue = list(self.script.reply if self.asks else self.script.again)
-            self.asks, self.turn = not self.asks, 0
+        too_long = self.is_question and self.turn >= LONGEST_QUESTION
+        if self.script is not None and self.turn and not self.queue and (too_long or self.script.ends(sampled)):
+            self.queue = list(self.script.reply if self.is_question else self.script.again)
+            self.is_question, self.turn = not self.is_question, 0
         if self.queue:
             return self.queue.pop(0)
         self.turn += 1
@@ -280,23 +286,24 @@ class _Writer:
 
 
 def next_logits(model: Any, ids: Int[Tensor, "rows length"], cache: Any) -> tuple[Tensor, Any]:
-    """Return the logits of the token that follows each row, and the model's cache, if it has one."""
+    """Return the logits of each row's next token, and the model's cache, if it has one."""
     accepted = inspect.signature(model.forward).parameters
     name = next((name for name in CACHES if name in accepted), "")
-    given = {key: value for key, value in {"logits_to_keep": 1, "use_cache": False}.items() if key in accepted}
+    options = {key: value for key, value in {"logits_to_keep": 1, "use_cache": False}.items() if key in accepted}
     if name:
-        given |= {"use_cache": True, name: cache}
-    output = model(input_ids=ids if cache is None else ids[:, -1:], **given)
+        options |= {"use_cache": True, name: cache}
+    output = model(input_ids=ids if cache is None else ids[:, -1:], **options)
     return output.logits[:, -1], getattr(output, name, None) if name else None
 
 
-def _tokens(model: Any) -> tuple[int, list[int], list[int]]:
-    """Return the number of tokens, the one that begins a text, if any, and all that begin, end or pad one."""
+def _vocabulary(model: Any) -> tuple[int, list[int], list[int]]:
+    """Return the number of tokens, the token that begins a text, if any, and all that begin, end or pad a text."""
     config = model.config.get_text_config()
     begin, size = getattr(config, "bos_token_id", None), config.vocab_size
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    values = [
-        getattr(one, name, None) for one in (config, getattr(model, "generation_config", None)) for name in names
-    ]
-    listed = [value if isinstance(value, (list, tuple)) else [value] for value in values if value is not None]
-    return size, [begin] if isinstance(begin, int) and begin < size else [], sorted({*itertools.chain(*listed)})
+    special: set[int] = set()
+    for settings in (config, getattr(model, "generation_config", None)):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(settings, name, None)
+            if ids is not None:
+                special |= {*ids} if isinstance(ids, (list, tuple)) else {ids}
+    return size, [begin] if isinstance(begin, int) and begin < size else [], sorted(special)

@@ -1,4 +1,4 @@
-"""The tensors of a layer's adapters: how a layer holds them, whether they fit the base model, what of them is saved."""
+"""The tensors of a layer's adapters: how a layer holds them, whether they fit the base model, and what is saved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hiplora.tuner.layer import HipLoraLinear
 
 FACTOR_NAMES = ("hiplora_U", "hiplora_sigma", "hiplora_V")
-_ALL = (*FACTOR_NAMES, "hiplora_shrink_U", "hiplora_shrink_V")
+_BUFFER_NAMES = (*FACTOR_NAMES, "hiplora_shrink_U", "hiplora_shrink_V")
 ORTHOGONALITY_LIMIT = 1e-3
 
 
@@ -34,7 +34,7 @@ def other_precision_limit(*precisions: str) -> float:
     8 and 16 bits move them by less than 1 %, 4 bits by a few per cent, 20 % where few inputs lead; another weight by
     about 100 %.
     """
-    return 0.5 if any("4bit" in one for one in precisions) else 0.1
+    return 0.5 if any("4bit" in precision for precision in precisions) else 0.1
 
 
 def leak_limit(dtype: torch.dtype) -> float:
@@ -43,13 +43,18 @@ def leak_limit(dtype: torch.dtype) -> float:
 
 
 def factor_names(config: HipLoraConfig) -> list[str]:
-    """Return the buffers that an adapter has: the factors, and a soft projection's filters of the protected sides."""
+    """Return the names of an adapter's buffers: the factors, and a soft projection's filters of the protected sides."""
     filters = {"hiplora_shrink_U": "output", "hiplora_shrink_V": "input"} if config.projection == "soft" else {}
     return [*FACTOR_NAMES, *(name for name, side in filters.items() if config.basis_sides in ("both", side))]
 
 
+def factor_tensors(config: HipLoraConfig, factors: SpectralFactors) -> dict[str, Tensor]:
+    """Return factors by the names of an adapter's buffers."""
+    return {name: getattr(factors, name.removeprefix("hiplora_")) for name in factor_names(config)}
+
+
 def plain_name(name: str) -> str:
-    """Return a tensor's name without PEFT's prefix, and without what torch.compile, FSDP, checkpointing and DDP add.
+    """Return a tensor's name without PEFT's prefix, and without those of torch.compile, FSDP, checkpointing and DDP.
 
     A state dict that was saved without PEFT has the adapter's name too: `lora_A.default.weight`, `hiplora_U.default`.
     """
@@ -70,7 +75,7 @@ def file_names(tensors: Mapping[str, Tensor], layers: Container[str] = ()) -> di
 
 
 def layer_of(key: str) -> str:
-    """Return the layer that a tensor of an adapter belongs to; of another tensor, a name that no layer has."""
+    """Return the layer that a tensor of an adapter belongs to; for any other tensor, a name that no layer has."""
     return key.removeprefix("base_model.model.").partition(".hiplora_")[0]
 
 
@@ -85,7 +90,7 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def own_part(value: Tensor, parameter: Any) -> Tensor:
-    """Return this process's part of a value of a parameter's whole size; one that is flat must be a vector (k,)."""
+    """Return this process's part of a value with a parameter's whole size; of a flat parameter, a vector (k,)."""
     if hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -102,33 +107,33 @@ def own_part(value: Tensor, parameter: Any) -> Tensor:
 
 
 class Watch:
-    """Tells whether gains are trained by steps that the optimizer hooks do not see.
+    """Detects gains that are trained by steps that the optimizer hooks do not see.
 
-    They are where they move after a backward pass and a step of other tensors (flat or master copies), or twice without
-    any; once, and without a step, SAM moves them, or a user.
+    Such gains move after a backward pass and a step of other tensors (flat or master copies), or twice without any
+    step. A single move without a step is SAM's, or a user's.
     """
 
     steps_of_others: ClassVar[int] = 0
 
     def __init__(self, gains: Tensor) -> None:
         self.moves = 0
-        self._remember(gains)
-        gains.register_hook(self._note)
+        self._record(gains)
+        gains.register_hook(self._on_gradient)
 
-    def _remember(self, gains: Tensor) -> None:
+    def _record(self, gains: Tensor) -> None:
         self.gains, self.steps, self.differentiated = gains.detach().clone(), Watch.steps_of_others, False
 
-    def _note(self, gradient: Tensor) -> None:
+    def _on_gradient(self, gradient: Tensor) -> None:
         self.differentiated = True
 
     def finds_training(self, gains: Tensor) -> bool:
-        """Look at the gains in another training pass."""
+        """Compare the gains with those of the last training pass."""
         if torch.equal(self.gains, gains):
             return False
         self.moves += self.differentiated
-        found = self.differentiated and (self.moves > 1 or self.steps < Watch.steps_of_others)
-        self._remember(gains)
-        return found
+        is_training = self.differentiated and (self.moves > 1 or self.steps < Watch.steps_of_others)
+        self._record(gains)
+        return is_training
 
 
 class FactorBuffers(nn.Module):
@@ -145,44 +150,44 @@ class FactorBuffers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.pending: set[str] = set()  # adapters whose factors are to come from a file
-        self._unserved: dict[str, Watch] = {}  # of gains that no optimizer hook has seen since the first training pass
-        for name in _ALL:
+        self._watches: dict[str, Watch] = {}  # on gains in training that no optimizer hook has seen
+        for name in _BUFFER_NAMES:
             setattr(self, name, BufferDict(persistent=True))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take part in the hooks as a deep copy or out of a pickle too."""
+        """Register a deep copy, or a layer out of a pickle, with the optimizer hooks."""
         super().__setstate__(state)
-        self._unserved = {}
+        self._watches = {}
         self.live.add(self)
 
-    def place_factors(self, adapter: str, names: list[str], factors: SpectralFactors | Mapping[str, Tensor]) -> None:
-        """Register factors, or new values of them; those that another adapter already has are shared with it."""
-        for name in names:
-            own = factors[name] if isinstance(factors, Mapping) else getattr(factors, name.removeprefix("hiplora_"))
+    def place_factors(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+        """Register an adapter's buffers, or new values of them; equal ones of another adapter are shared."""
+        for name, new in tensors.items():
             buffers = getattr(self, name)
-            others = (held for key, held in buffers.items() if key != adapter and held.device == own.device)
-            buffers[adapter] = next((held for held in others if torch.equal(held, own)), own)
+            others = [buffer for key, buffer in buffers.items() if key != adapter and buffer.device == new.device]
+            equal = (buffer for buffer in others if not new.is_meta and torch.equal(buffer, new))
+            buffers[adapter] = next(equal, new)
 
     def has_factors(self, adapter: str) -> bool:
-        """Whether the factors are in the layer, although nothing said so: transformers writes them into it."""
+        """Whether the layer has the factors, also where transformers has written them into its buffers."""
         sigma = self.hiplora_sigma[adapter]
         return adapter not in self.pending or not (sigma.is_meta or sigma.isnan().any())
 
     def spectral_factors(self, adapter: str, config: HipLoraConfig, fingerprint: str) -> SpectralFactors:
         """Return an adapter's factors, to be shared with another of the same basis."""
-        held = {name.removeprefix("hiplora_"): getattr(self, name)[adapter] for name in factor_names(config)}
+        tensors = {name.removeprefix("hiplora_"): getattr(self, name)[adapter] for name in factor_names(config)}
         basis = "weight" if config.basis == "weight" else f"activation:{config.basis_sides}"
         return SpectralFactors(
-            **held, residual=0.0, orthogonality=0.0, method="shared", basis=basis, fingerprint=fingerprint
+            **tensors, residual=0.0, orthogonality=0.0, method="shared", basis=basis, fingerprint=fingerprint
         )
 
-    def factors_of(self, adapter: str) -> list[Any]:
-        """Return the dictionaries of buffers in which an adapter has an entry."""
-        return [buffers for name in _ALL if adapter in (buffers := getattr(self, name))]
+    def factors_of(self, adapter: str) -> dict[str, Any]:
+        """Return the dictionaries of buffers in which an adapter has an entry, by name."""
+        return {name: buffers for name in _BUFFER_NAMES if adapter in (buffers := getattr(self, name))}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the model, but keep the factors in fp32 and shared: their certificate holds for fp32."""
-        before = {(name, adapter): b for name in _ALL for adapter, b in getattr(self, name).items()}
+        before = {(name, adapter): b for name in _BUFFER_NAMES for adapter, b in getattr(self, name).items()}
         super()._apply(fn, recurse)
         moved: dict[int, Tensor] = {}
         for (name, adapter), old in before.items():
@@ -192,7 +197,7 @@ class FactorBuffers(nn.Module):
         return self
 
 
-class _Held(nn.Module):
+class _Holder(nn.Module):
     """Holds one parameter, `weight`; called only where FSDP or accelerate's offload provides it within a call."""
 
     weight: nn.Parameter
@@ -214,18 +219,18 @@ class FactorDict(nn.ModuleDict):
 
     def __setitem__(self, adapter: str, value: Tensor) -> None:  # type: ignore[override]
         if adapter not in self:
-            self.add_module(adapter, _Held())
-        held = self._modules[adapter]
-        trains = getattr(held, "weight", value).requires_grad
-        held.weight = value if isinstance(value, nn.Parameter) else nn.Parameter(value, trains)
+            self.add_module(adapter, _Holder())
+        holder = self._modules[adapter]
+        trains = getattr(holder, "weight", value).requires_grad
+        holder.weight = value if isinstance(value, nn.Parameter) else nn.Parameter(value, trains)
 
     def parameter(self, adapter: str) -> nn.Parameter:
-        """Return what an optimizer holds of an adapter's parameter: all of it, or this process's shard."""
-        held = self._modules[adapter]
-        return held.weight if isinstance(held, _Held) else next(held.parameters())
+        """Return the part of an adapter's parameter that an optimizer has: all of it, or this process's shard."""
+        holder = self._modules[adapter]
+        return holder.weight if isinstance(holder, _Holder) else next(holder.parameters())
 
     def whole(self, adapter: str) -> Tensor:
-        """Return an adapter's parameter, gathered where processes share it; FSDP1's are an AdapterError."""
+        """Return an adapter's parameter, gathered where processes share it; AdapterError for FSDP1's."""
         parameter: Any = self.parameter(adapter)
         if is_flat(parameter):
             raise AdapterError(
@@ -236,8 +241,8 @@ class FactorDict(nn.ModuleDict):
 
     def acting(self, adapter: str) -> Tensor:
         """Return an adapter's parameter for a forward pass."""
-        held = self._modules[adapter]
-        return held.weight if isinstance(held, _Held) and not held.weight.is_meta else held()
+        holder = self._modules[adapter]
+        return holder.weight if isinstance(holder, _Holder) and not holder.weight.is_meta else holder()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for adapter in self:  # names of 0.1
@@ -247,30 +252,30 @@ class FactorDict(nn.ModuleDict):
 
 
 def note_leaks(layer: HipLoraLinear, _: Any) -> None:
-    """Have what a state dict brought act through the projection where, as in its model, it left the complement."""
+    """Note adapters whose loaded factors are outside the complement: as in the saved model, they act projected."""
     for adapter in layer.hiplora_A.keys() - layer.pending:
         A = layer.hiplora_A.parameter(adapter)
         if not is_sharded(A) and not A.is_meta and layer.leak(adapter) > leak_limit(A.dtype):
-            layer._astray.add(adapter)
+            layer._unretracted.add(adapter)
 
 
 def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
-    """Compare the weights that an adapter is for with the model's; in another precision `check_checkpoint` decides."""
+    """Compare an adapter's fingerprints with the model's weights; in another precision `check_checkpoint` decides."""
     config.unverified, wrong = set(), []
     with unrolled(model):
         for name, expected in config.fingerprints.items():
             try:
                 module = model.get_submodule(name)
-                found, stored = weight_fingerprint(frozen_weight(module), name), precision(module)
+                fingerprint, stored = weight_fingerprint(frozen_weight(module), name), precision(module)
             except AttributeError:
                 raise AdapterError(
                     f"layer {name}: the adapter was made for it, but this base model has no such module; "
                     f"load it over {config.base_model_name_or_path or 'the model it was trained on'}"
                 ) from None
             check_unmerged(module, name)
-            if found != expected and (stored == config.base_precision or not config.save_factors):
+            if fingerprint != expected and (stored == config.base_precision or not config.save_factors):
                 wrong.append(name)
-            elif found != expected:
+            elif fingerprint != expected:
                 config.unverified.add(name)
     if wrong:
         raise _other_weights(wrong, config)
@@ -278,10 +283,10 @@ def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
 
 def _other_weights(names: list[str], config: HipLoraConfig) -> AdapterError:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    why = "" if config.save_factors else " (saved without its factors, it needs the very same values)"
+    reason = "" if config.save_factors else " (saved without its factors, it needs the very same values)"
     trained_on = config.base_model_name_or_path if config.from_checkpoint else ""
     return AdapterError(
-        f"layer {names[0]}{more}: the base model's weight is not the one that this adapter was made for{why}; "
+        f"layer {names[0]}{more}: the base model's weight is not the one that this adapter was made for{reason}; "
         f"load it over {trained_on or 'the model it was trained on'}"
     )
 
@@ -300,17 +305,17 @@ def check_checkpoint(
     checked: dict[str, dict[str, Tensor]] = {}
     for name, layer in layers.items():
         tensors = checked[name] = {}
-        for kind in (*layer.held_by(adapter), *factors):
-            if (found := plain.get(f"{name}.{kind}")) is None:
+        for kind in (*layer.parameters_of(adapter), *factors):
+            if (tensor := plain.get(f"{name}.{kind}")) is None:
                 raise AdapterError(f"layer {name}: the adapter file has no {kind}; it is damaged, fetch it again")
-            tensors[kind] = found
-            wanted = getattr(layer, kind)[adapter].shape
-            if found.shape != wanted:
+            tensors[kind] = tensor
+            expected = getattr(layer, kind)[adapter].shape
+            if tensor.shape != expected:
                 raise AdapterError(
-                    f"layer {name}: {kind} in the adapter file is {tuple(found.shape)}, expected {tuple(wanted)}; "
+                    f"layer {name}: {kind} in the adapter file is {tuple(tensor.shape)}, expected {tuple(expected)}; "
                     "the file and adapter_config.json do not belong together"
                 )
-            if not torch.isfinite(found).all():
+            if not torch.isfinite(tensor).all():
                 raise AdapterError(f"layer {name}: {kind} in the adapter file has NaN or Inf; it is damaged")
         if "hiplora_U" in tensors:
             _check_factors(layer, config, adapter, *(tensors[kind].float().cpu() for kind in FACTOR_NAMES))
@@ -333,19 +338,19 @@ def _check_factors(
                 f"layer {layer.name}: the columns of {label} in the adapter file are not orthonormal "
                 f"(error {error:.1e}, limit {ORTHOGONALITY_LIMIT:.0e}); the file is damaged, fetch it again"
             )
-    # Into an adapter that was made here, a file may bring factors of another base, or of this one in another precision.
+    # A file may bring factors of another base, or precision, into an adapter that was made here.
     foreign = not config.from_checkpoint and not torch.equal(U, layer.hiplora_U[adapter].cpu())
     if foreign or layer.name in config.unverified:
-        off = factor_mismatch(frozen_weight(layer).float().cpu(), U, sigma, V, config.basis)
-        if not off <= other_precision_limit(precision(layer), "4bit" if foreign else config.base_precision or ""):
+        mismatch = factor_mismatch(frozen_weight(layer).float().cpu(), U, sigma, V, config.basis)
+        if not mismatch <= other_precision_limit(precision(layer), "4bit" if foreign else config.base_precision or ""):
             raise _other_weights([layer.name], config)
 
 
 def retracted_state(state: Mapping[str, Tensor], config: HipLoraConfig, adapter: str) -> dict[str, Tensor]:
-    """Return what is saved of an adapter: A and B as they act, projected where they left the complement.
+    """Return the tensors to save of an adapter: A and B are projected where they left the complement.
 
-    They do where the optimizer hooks did not see the optimizer, or could not retract its shards. A tensor that is not
-    finite is an AdapterError.
+    They leave it where the optimizer hooks did not see the optimizer, or could not retract its shards. AdapterError if
+    a tensor is not finite.
     """
     state = {key: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for key, tensor in state.items()}
     for key, tensor in state.items():
@@ -354,15 +359,15 @@ def retracted_state(state: Mapping[str, Tensor], config: HipLoraConfig, adapter:
                 f"{key.removeprefix('base_model.model.')}: has NaN or Inf, so the adapter is not saved: its training "
                 "diverged; lower the learning rate and train again"
             )
-    kept = dict(state)
+    saved = dict(state)
     for key, A in state.items() if config.is_closed else ():
-        module, found, end = key.partition(f".hiplora_A.{adapter}")
-        if not found:
+        module, is_A, suffix = key.partition(f".hiplora_A.{adapter}")
+        if not is_A:
             continue
-        name_B = f"{module}.hiplora_B.{adapter}{end}"
-        B, U, V = state[name_B], *(state[f"{module}.hiplora_{one}.{adapter}"].float() for one in "UV")
+        key_B = f"{module}.hiplora_B.{adapter}{suffix}"
+        B, U, V = state[key_B], *(state[f"{module}.hiplora_{side}.{adapter}"].float() for side in "UV")
         if not leak(A.float(), B.float(), *protected(U, V, config.basis_sides)) <= leak_limit(A.dtype):
             with full_precision(A.device):
-                found_A, found_B = retracted(A, B, U, V, config.basis_sides)
-            kept |= {key: found_A.to(A.dtype), name_B: found_B.to(B.dtype)}
-    return kept
+                projected_A, projected_B = retracted(A, B, U, V, config.basis_sides)
+            saved |= {key: projected_A.to(A.dtype), key_B: projected_B.to(B.dtype)}
+    return saved

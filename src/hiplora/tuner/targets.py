@@ -1,4 +1,4 @@
-"""Which linear layers of a model an adapter sits on: the preset's, found by role, or those of a configuration."""
+"""Find the linear layers of a model that an adapter adapts: the preset's, by role, or those of a configuration."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _ADAPTER = re.compile(r".*adapters?(_.*)?")  # a model's own, such as Zamba2's, 
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer to adapt: its `shape` (m, n) = (out, in), and the principal rank `k` as it was requested."""
+    """A linear layer to adapt: its `shape` (m, n) = (out, in), and the requested principal rank `k`."""
 
     name: str
     shape: tuple[int, int]
@@ -62,9 +62,9 @@ class Target:
 
 
 def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
-    """Return the layers that an adapter of this configuration would sit on, in the model's order.
+    """Return the layers that an adapter of this configuration adapts, in the model's order.
 
-    `config` may be of any PEFT method with `target_modules`; where it names none, they are those of its `preset`. An
+    `config` may be of any PEFT method with `target_modules`; where it has none, they are those of its `preset`. An
     expert of a mixture is named `…experts.PARAMETER.NUMBER`. A preset and "all-linear" leave out layers as narrow as
     the principal rank, and those that Mamba's fused kernels read without a call.
 
@@ -72,34 +72,34 @@ def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
         ConfigError: no module matches, or one that does is not a linear layer that is called.
     """
     chosen: Any = copy.copy(config)
-    given, loaded = chosen.target_modules, getattr(config, "from_checkpoint", False)
-    if given is None and not getattr(chosen, "target_parameters", None):
+    requested, from_checkpoint = chosen.target_modules, getattr(config, "from_checkpoint", False)
+    if requested is None and not getattr(chosen, "target_parameters", None):
         chosen.target_modules = set(default_targets(model, getattr(chosen, "preset", "function-aware")))
     with unrolled(model):
         names = matching = matching_names(model, chosen)
-        if loaded and matching:
+        if from_checkpoint and matching:
             names = list(chosen.fingerprints)
-            if others := [name for name in names if name not in matching]:
+            if unmatched := [name for name in names if name not in matching]:
                 raise ConfigError(
-                    f"the configuration is of an adapter on {others[0]}, and its target_modules {given!r} do not name "
-                    "that; for other layers make a new HipLoraConfig"
+                    f"the configuration is of an adapter on {unmatched[0]}, and its target_modules {requested!r} do "
+                    "not name that; for other layers make a new HipLoraConfig"
                 )
         if not names:
-            chosen_layers = getattr(chosen, "layers_to_transform", None)
-            where = f" in layers_to_transform {chosen_layers!r}" if chosen_layers is not None else ""
+            layers = getattr(chosen, "layers_to_transform", None)
+            restriction = f" in layers_to_transform {layers!r}" if layers is not None else ""
             raise ConfigError(
-                f"target_modules {given!r} match no module of {type(model).__name__}{where}, or all that match are "
-                "excluded; name some of its linear layers"
+                f"target_modules {requested!r} match no module of {type(model).__name__}{restriction}, or all that "
+                "match are excluded; name some of its linear layers"
             )
         patterns, default = getattr(chosen, "principal_rank_pattern", {}), getattr(chosen, "principal_rank", 0)
         ranks = {name: for_module(patterns, name, default) for name in names}
         targets = [linear_target(model.get_submodule(name), name, k) for name, k in ranks.items()]
     uncalled = {name for name in names if _read_by_kernels(model, name)}
-    if given in (None, "all-linear"):
+    if requested in (None, "all-linear"):
         # A share of the energy is at most half of them, whatever the energies.
         broad = [t for t in targets if resolve_rank(t.k, t.shape, lambda: torch.ones(1)) < min(t.shape)]
         return [target for target in broad if target.name not in uncalled] or targets
-    if uncalled and not loaded:
+    if uncalled and not from_checkpoint:
         raise ConfigError(
             f"layer {min(uncalled)}: Mamba's fused kernels read its weight and never call it, so that an adapter would "
             "do nothing; leave it out (in_proj is called)"
@@ -110,11 +110,11 @@ def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
 def matching_names(model: nn.Module, config: Any) -> list[str]:
     """Return the names of the modules that a configuration matches in an unrolled model; of experts, all.
 
-    ConfigError if one of its patterns is no regular expression, or takes too long to match.
+    ConfigError if one of its patterns is not a regular expression, or takes too long to match.
     """
     check_patterns(vars(config), dict(model.named_modules()))
-    linear, experts, everything = copy.copy(config), copy.copy(config), config.target_modules == "all-linear"
-    if everything:
+    linear, experts, all_linear = copy.copy(config), copy.copy(config), config.target_modules == "all-linear"
+    if all_linear:
         _maybe_include_all_linear_layers(linear, model)
         experts.target_modules = ".*"
     elif not isinstance(config.target_modules, str):
@@ -123,44 +123,49 @@ def matching_names(model: nn.Module, config: Any) -> list[str]:
     names: list[str] = []
     for name, module in _whole_modules(model).items():
         if isinstance(module, ExpertList):
-            found = [check_target_module_exists(experts, alias) for alias in _aliases(name)]
-            if any(found) and not any(isinstance(one, _ExcludedModule) for one in found):
+            matches = [check_target_module_exists(experts, alias) for alias in _aliases(name)]
+            if any(matches) and not any(isinstance(match, _ExcludedModule) for match in matches):
                 names += [f"{name}.{index}" for index in range(len(module))]
-        elif check_target_module_exists(linear, name) and (not everything or is_linear(_base(module))):
+        elif check_target_module_exists(linear, name) and (not all_linear or is_linear(_base(module))):
             names.append(name)
     return names
 
 
 def left_out(model: nn.Module, config: Any, targets: Iterable[Target]) -> list[str]:
-    """Say what a new adapter leaves out although its configuration seems to mean it, and its share of the weights."""
-    names, notes, asked = {target.name for target in targets}, [], config.target_modules
+    """Return notes on layers that a new adapter leaves out although its configuration seems to mean them."""
+    names, notes, requested = {target.name for target in targets}, [], config.target_modules
     with unrolled(model):
         modules = _base_modules(model)
-        large = {name: one for name, one in model.named_parameters() if one.dim() > 1 and "hiplora_" not in name}
-        weights = {re.sub(r"\.base_layer|\.weight$", "", name): parameter for name, parameter in large.items()}
+        weights = {
+            re.sub(r"\.base_layer|\.weight$", "", name): parameter
+            for name, parameter in model.named_parameters()
+            if parameter.dim() > 1 and "hiplora_" not in name
+        }
         total = sum(parameter.numel() for parameter in weights.values())
 
-        def share(found: Iterable[str]) -> str:
-            sizes = {name: weights[name].numel() for name in found if name in weights}
+        def with_share(layers: Iterable[str]) -> str:
+            sizes = {name: weights[name].numel() for name in layers if name in weights}
             kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in sizes)
             return f"{', '.join(kinds)} ({sum(sizes.values()) / total:.1%} of the model's weights)"
 
-        if asked == "all-linear" and (narrow := [name for name in matching_names(model, config) if name not in names]):
-            notes.append(f"'all-linear' leaves out layers as narrow as principal_rank or not called: {share(narrow)}")
+        all_linear = requested == "all-linear"
+        if all_linear and (unused := [name for name in matching_names(model, config) if name not in names]):
+            layers = with_share(unused)
+            notes.append(f"'all-linear' leaves out layers as narrow as principal_rank or not called: {layers}")
         experts = [name for name, module in modules.items() if isinstance(module, ExpertList)]
-        known = [*modules, *(alias for name in experts for alias in _aliases(name))]
-        listed = [*(() if isinstance(asked, str) else asked or ()), *(config.target_parameters or ())]
-        unmatched = sorted(t for t in listed if not any(n == t or n.endswith(f".{t}") for n in known))
+        matchable = [*modules, *(alias for name in experts for alias in _aliases(name))]
+        listed = [*(() if isinstance(requested, str) else requested or ()), *(config.target_parameters or ())]
+        unmatched = sorted(t for t in listed if not any(n == t or n.endswith(f".{t}") for n in matchable))
         if unmatched:
             notes.append(f"target_modules {unmatched} match no module of {type(model).__name__}")
         for role in _ROLES.values():
             members = {name for name, module in modules.items() if is_linear(_base(module)) and _role(name) == role}
             missed = [name for name in modules if name in members - names]
             if unmatched and missed and len(missed) < len(members):
-                notes.append(f"of the {role} projections, these are left out: {share(missed)}")
-        stuck = [name for name, parameter in weights.items() if parameter.dim() == 3 and _role(name) == "MLP"]
-        if stuck and (asked == "all-linear" or any(_role(name) == "MLP" for name in names)):
-            notes.append(f"HiP-LoRA cannot adapt these 3-D parameters, which are left out: {share(stuck)}")
+                notes.append(f"of the {role} projections, these are left out: {with_share(missed)}")
+        fused = [name for name, parameter in weights.items() if parameter.dim() == 3 and _role(name) == "MLP"]
+        if fused and (all_linear or any(_role(name) == "MLP" for name in names)):
+            notes.append(f"HiP-LoRA cannot adapt these 3-D parameters, which are left out: {with_share(fused)}")
     return notes
 
 
@@ -189,7 +194,7 @@ def check_unmerged(module: nn.Module, name: str) -> None:
 
 
 def measured_target(module: nn.Module, name: str) -> Target:
-    """Describe a layer whose inputs are measured: a linear one, or another of one weight matrix, as a router."""
+    """Describe a layer whose inputs are measured: a linear one, or another with one weight matrix, such as a router."""
     weight = getattr(module, "weight", None)
     if is_linear(_base(module)) or isinstance(module, nn.Embedding) or getattr(weight, "ndim", 0) != 2:
         return linear_target(module, name)
@@ -224,7 +229,7 @@ def frozen_weight(module: nn.Module) -> Tensor:
 
 
 def keep_unpacked(model: nn.Module) -> None:
-    """Have 4-bit layers stay as they are: evaluation would pack them on some CPUs, and no gradient passes then."""
+    """Keep 4-bit layers as they are: evaluation would pack them on some CPUs, and then no gradient passes."""
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             layer, unpacked = cast(Any, module), _unpacked(module).weight
@@ -234,7 +239,7 @@ def keep_unpacked(model: nn.Module) -> None:
 
 
 def _unpacked(base: Any) -> Any:
-    """Return a 4-bit layer's weight, in `weight`, as it was before a pass on a CPU with AVX512-BF16 packed it anew."""
+    """Return an object whose `weight` is a 4-bit layer's as it was before a CPU with AVX512-BF16 repacked it."""
     if not _is_packed(base):
         return base
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
@@ -265,22 +270,22 @@ def for_module(pattern: dict[str, Any], name: str, default: Any) -> Any:
 
 
 def pattern_key(pattern: Iterable[str], name: str) -> str:
-    """Return the key of a pattern that means a module, or all experts of its list; without one the module's name."""
+    """Return the key of a pattern that matches a module, or all experts of its list; else the module's name."""
     keys, experts = list(pattern), _aliases(name.rpartition(".")[0]) if shared_side(name) else []
-    return next((key for one in (name, *experts) if (key := get_pattern_key(keys, one)) in keys), name)
+    return next((key for alias in (name, *experts) if (key := get_pattern_key(keys, alias)) in keys), name)
 
 
 def default_targets(model: nn.Module, preset: str = "function-aware") -> list[str]:
     """Return the `target_modules` of a preset for this model: its MLP projections, or the paper's attention ones.
 
-    The names are as short as they can be without matching another module, experts' those of their 3-D parameters. Of a
-    multimodal model that generates text, they are the text decoder's, without layers that only pictures reach.
-    ConfigError: none can be recognised.
+    The names are as short as they can be without matching another module; experts have those of their 3-D parameters.
+    In a multimodal model that generates text, they are the text decoder's, without layers that only pictures reach.
+    ConfigError if none can be recognised.
     """
     role = _ROLES[preset]
     with unrolled(model):
         modules = {name: module for name, module in _whole_modules(model).items() if _role(name) == role}
-    chosen = [name for name, one in modules.items() if isinstance(one, ExpertList) or is_linear(_base(one))]
+    chosen = [name for name, module in modules.items() if isinstance(module, ExpertList) or is_linear(_base(module))]
     if chosen and getattr(model, "can_generate", bool)():
         chosen = _of_text(model, chosen) or chosen
     if not chosen:
@@ -293,7 +298,9 @@ def default_targets(model: nn.Module, preset: str = "function-aware") -> list[st
 
 def _of_text(model: Any, names: Sequence[str]) -> list[str]:
     """Return the names of the modules that every text runs through: the decoder's, which has the input embeddings."""
-    crossed = {str(index) for index in getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()}
+    cross_layers = {
+        str(index) for index in getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()
+    }
     embeddings = None
     if not model.config.is_encoder_decoder:
         with contextlib.suppress(NotImplementedError):
@@ -304,7 +311,7 @@ def _of_text(model: Any, names: Sequence[str]) -> list[str]:
     reached = []
     for name in names:
         parts = name.lower().split(".")
-        aside = any(_TOWER.fullmatch(part) or _ADAPTER.fullmatch(part) for part in parts) or crossed & {*parts}
+        aside = any(_TOWER.fullmatch(part) or _ADAPTER.fullmatch(part) for part in parts) or cross_layers & {*parts}
         if name.startswith(decoder) and not aside:
             reached.append(name)
     return reached
@@ -321,18 +328,18 @@ def short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 def _role(name: str) -> str:
     """Return whether a module is part of a numbered block's "attention" or "MLP"; else an empty string."""
-    *parents, own = name.lower().split(".")
-    if not any(part.isdigit() for part in parents) or any(map(_ROUTER.fullmatch, (*parents, own))):
+    *parents, leaf = name.lower().split(".")
+    if not any(part.isdigit() for part in parents) or any(map(_ROUTER.fullmatch, (*parents, leaf))):
         return ""
     if any(map(_ATTENTION.fullmatch, parents)):
         return "attention"
     if (
-        _MLP_PROJECTION.fullmatch(own)
-        or (parents[-1], own) in _MLP_PAIRS
+        _MLP_PROJECTION.fullmatch(leaf)
+        or (parents[-1], leaf) in _MLP_PAIRS
         or any(map(_MLP_CONTAINER.fullmatch, parents))
     ):
         return "MLP"
-    return "attention" if _ATTENTION_PROJECTION.fullmatch(own) else ""
+    return "attention" if _ATTENTION_PROJECTION.fullmatch(leaf) else ""
 
 
 _ROLES = {"function-aware": "MLP", "paper": "attention"}
@@ -340,19 +347,19 @@ _ROLES = {"function-aware": "MLP", "paper": "attention"}
 
 def _aliases(experts: str) -> list[str]:
     """Return the names by which a configuration may mean a list of experts."""
-    parent, _, own = experts.rpartition(".")
-    return [f"{parent}.{alias}" for alias in ALIASES[own]]
+    parent, _, projection = experts.rpartition(".")
+    return [f"{parent}.{alias}" for alias in ALIASES[projection]]
 
 
 def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the named modules of the base model; what is inside an adapted layer is not one."""
+    """Return the named modules of the base model, without those inside adapted layers."""
     named = dict(model.named_modules())
     inside = tuple(f"{name}." for name, module in named.items() if isinstance(module, BaseTunerLayer))
     return {name: module for name, module in named.items() if name and not name.startswith(inside)}
 
 
 def _whole_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the base model's modules, with lists of experts, but not each expert."""
+    """Return the base model's modules, with lists of experts but without their experts."""
     modules = _base_modules(model)
     return {n: m for n, m in modules.items() if not isinstance(modules.get(n.rpartition(".")[0]), ExpertList)}
 
@@ -362,9 +369,9 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 def _read_by_kernels(model: nn.Module, name: str) -> bool:
-    """Whether a layer is one of a Mamba mixer's whose weight its fused kernels take without a call."""
-    parent, _, own = name.rpartition(".")
-    if own not in ("x_proj", "dt_proj", "out_proj"):
+    """Whether a layer is one of a Mamba mixer's whose weight the fused kernels take without calling it."""
+    parent, _, leaf = name.rpartition(".")
+    if leaf not in ("x_proj", "dt_proj", "out_proj"):
         return False
     return all(hasattr(model.get_submodule(parent), part) for part in ("A_log", "in_proj"))
 
@@ -375,7 +382,7 @@ def _tails(name: str) -> list[str]:
 
 
 def refuse_unmatched(config: Any, names: list[str]) -> None:
-    """Refuse a pattern that matches none of the adapted modules: it would be accepted and ignored."""
+    """Raise ConfigError if a pattern matches none of the adapted modules, and would be ignored."""
     for field in PATTERNS.values():
         for pattern in getattr(config, field):
             if not any(pattern_key([pattern], name) == pattern for name in names):

@@ -55,7 +55,7 @@ def test_what_is_too_large_to_measure_is_not_loaded_unasked(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(base.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-    monkeypatch.setattr(base, "_UNASKED", unasked)
+    monkeypatch.setattr(base, "_LARGE_FOR_CPU", unasked)
     weights = BaseWeights(str(tiny_model_dir))
     if not way_out:
         assert weights.load(device).dtype == torch.float32

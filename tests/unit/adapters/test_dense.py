@@ -14,7 +14,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from hiplora.adapters import save_as_lora, save_dense
+from hiplora.adapters import AdapterUpdate, save_as_lora, save_dense
+from hiplora.adapters.dense import merge_into
 from hiplora.errors import AdapterError, ConfigError
 from tests.tiny import save_tiny
 from tests.unit.adapters.samples import (
@@ -82,6 +83,16 @@ def test_each_sum_is_rounded_once_to_the_base_models_format_or_the_one_asked_for
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor.bfloat16(), same[name])
     assert 1e-4 < save_dense(folder, tmp_path / "half", dtype="bfloat16")["largest_difference"]["relative"] < 1e-2
+
+
+def test_the_rounding_of_a_large_half_precision_weight_is_reported():
+    """The square of its norm, 600², is beyond float16."""
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(600, 600, bias=False)).half()
+    model[0].weight.data = torch.randn(600, 600, generator=generator).half()
+    pair = torch.randn(2, 600, generator=generator), torch.randn(600, 2, generator=generator)
+    difference = merge_into(model, AdapterUpdate("", "lora", {}, {"0": pair}), None)["0"]
+    assert 1e-5 < difference < 1e-3
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", None])

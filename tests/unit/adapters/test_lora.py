@@ -174,6 +174,9 @@ def test_a_prefix_renames_the_modules_for_servers_of_multimodal_checkpoints(adap
     names = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
     assert all(name.startswith("model.language_model.") for name in config_of(tmp_path / "out")["target_modules"])
+    other = AdapterUpdate("", "lora", {}, {"transformer.h.0.attn.c_attn": (torch.ones(1, 4), torch.ones(4, 1))})
+    with pytest.raises(ConfigError, match=r"no adapted module has one, such as transformer\.h\.0.*leave it out"):
+        save_as_lora(other, tmp_path / "none", prefix="model.language_model")
 
 
 SIZES = {"hidden_size": 32, "vocab_size": 259, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}

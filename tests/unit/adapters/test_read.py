@@ -217,6 +217,7 @@ def test_what_is_more_than_an_update_of_linear_layers_is_refused_and_named(tiny_
 TWO = ["q_proj", "down_proj"]
 
 
+@pytest.mark.filterwarnings("error:Already unmerged")
 @pytest.mark.parametrize(
     "config",
     [

@@ -1,9 +1,11 @@
+import huggingface_hub
 import pytest
 import torch
+from peft import LoraConfig
 
-from hiplora.adapters import AdapterUpdate, server_findings
+from hiplora.adapters import AdapterUpdate, push_to_hub, server_findings
 from tests.tiny import save_tiny
-from tests.unit.adapters.samples import save_tiny_gpt2
+from tests.unit.adapters.samples import hip_config, save_tiny_gpt2, saved
 
 
 def remedies(ranks, pad_rank=None, extras=(), base=""):
@@ -33,3 +35,20 @@ def test_a_tied_output_head_and_transposed_weights_trouble_llama_cpp(tmp_path):
         assert set(remedies({"lm_head": 8}, base=str(base))) == ({"llama.cpp"} if tie else set())
     base = save_tiny_gpt2(tmp_path / "gpt2")
     assert set(remedies({"transformer.h.0.attn.c_attn": 8}, base=str(base))) == {"llama.cpp"}
+
+
+@pytest.mark.parametrize("kind", ["hiplora", "lora"])
+def test_a_failed_upload_names_the_commands_that_upload_the_same_as_privately(
+    tiny_model_dir, tmp_path, kind, monkeypatch, caplog
+):
+    def fail(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fail)
+    config = hip_config() if kind == "hiplora" else LoraConfig(r=2, target_modules=["q_proj"])
+    folder, _ = saved(tiny_model_dir, tmp_path / "a", config)
+    push_to_hub(folder, "me/mine")
+    upload = f"hf upload me/mine {folder} --private --exclude 'checkpoints/*'"
+    if kind == "hiplora":
+        upload = f"hiplora export {folder} --to lora --out {folder}-lora && hf upload me/mine {folder}-lora --private"
+    assert caplog.messages == [f"me/mine: not uploaded (no network); run: {upload}"]

@@ -102,6 +102,9 @@ def test_values_that_cannot_be_paired_are_named(values, message):
         (lambda: merge_instances(POOL, [1], SEEDS, 5, 0), "size is 1; expected a whole number of at least 2"),
         (lambda: merge_instances(POOL, [5], SEEDS, 5, 0), "size is 5, and the pool has 4 tasks; lower it"),
         (lambda: merge_instances(POOL, [2], SEEDS, 5, -1), "seed is -1"),
+        (lambda: merge_instances(["a"] * 10, [2], SEEDS, 5, 0), "tasks are .*; expected each of them once"),
+        (lambda: merge_instances(POOL, [2], [7, 7, 7], 5, 0), "seeds are .*; expected each of them once"),
+        (lambda: sign_flip_p_value([[1.0] * 40], [[0.0] * 40], permutations=-5), "permutations is -5"),
     ],
 )
 def test_options_out_of_range_are_refused(call, message):
