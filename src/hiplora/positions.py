@@ -1,5 +1,6 @@
-"""How many tokens a model can read, and in which order."""
+"""How many tokens a model can read, in which order, and where they enter."""
 
+import contextlib
 from typing import Any
 
 
@@ -10,11 +11,17 @@ def context_length(model: Any) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
+def input_embeddings(model: Any) -> Any:
+    """Return the layer that embeds a model's tokens; None if transformers does not find it (CANINE, MobileViT)."""
+    with contextlib.suppress(NotImplementedError):
+        return model.get_input_embeddings()
+
+
 def position_limit(model: Any) -> int | None:
     """Return how many tokens a model can read if it has a table of positions; None if a rule gives any position."""
     from torch import nn
 
-    context, vocabulary = context_length(model), model.get_input_embeddings()
+    context, vocabulary = context_length(model), input_embeddings(model)
     if model.config.model_type == "mpt":  # its biases for distances are made anew in every pass
         return context
     embeddings = (

@@ -179,6 +179,9 @@ XLNET = {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_
 NLLB = {**BART, "num_experts": 4, "encoder_sparse_step": 1, "decoder_sparse_step": 1}
 JETMOE = {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
 LXMERT = {"l_layers": 1, "x_layers": 1, "r_layers": 1}
+INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
+MOBILEVIT = {"image_size": 16, "hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8] * 7}
+CLASSIFIER = "AutoModelForSequenceClassification"
 PECULIAR = [
     Case("Longformer", "positions before rows", "longformer", {"attention_window": 4}, "AutoModelForMaskedLM"),
     Case("XLNet", "positions before rows", "xlnet", XLNET, sizes=False),
@@ -186,6 +189,9 @@ PECULIAR = [
     Case("HunYuan-MoE", "a router with a layer", "hunyuan_v1_moe", {"num_experts": 4, "moe_topk": [2, 2]}),
     Case("JetMoE", "experts of its own", "jetmoe", JETMOE),
     Case("LXMERT", "attention that ends in `output`", "lxmert", LXMERT, "AutoModelForPreTraining"),
+    Case("DeepSeek-V3.2", "an indexer of tokens", "deepseek_v32", {**EXPERTS, **DEEPSEEK, **LATENT, **INDEXER}),
+    Case("RoBERTa classifier", "a head of layers", "roberta", {"max_position_embeddings": 66}, CLASSIFIER, classes),
+    Case("MobileViT", "no embeddings", "mobilevit", MOBILEVIT, "AutoModelForImageClassification", pictures),
     Case("RWKV", "tensors changed in place", "rwkv", {"attention_hidden_size": 32, "context_length": 64}),
 ]
 CASE = {case.name: case for case in [*CASES, *PECULIAR]}

@@ -20,6 +20,7 @@ from hiplora.adapters.update import AdapterUpdate
 from hiplora.devices import measuring_place
 from hiplora.errors import AdapterError, HipLoraError, first_line
 from hiplora.models import quiet_transformers, resolve
+from hiplora.positions import input_embeddings
 from hiplora.spectral import factor_mismatch, weight_fingerprint
 from hiplora.tuner import other_precision_limit
 from hiplora.tuner.experts import unrolled
@@ -193,7 +194,7 @@ def is_transposed(update: AdapterUpdate, model: nn.Module | None) -> bool:
 
 def is_tied(model: PreTrainedModel) -> bool:
     """Return whether a model's output head shares its weight with the embeddings."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embeddings = model.get_output_embeddings(), input_embeddings(model)
     return head is not None and embeddings is not None and head.weight is embeddings.weight
 
 
@@ -206,7 +207,7 @@ def replace_extras(model: PreTrainedModel, update: AdapterUpdate) -> bool:
     """
     for name, tensor in update.extras.items():
         parameter: Any = _parameters(model).get(name)
-        layers = model.get_input_embeddings(), model.get_output_embeddings()
+        layers = input_embeddings(model), model.get_output_embeddings()
         is_vocabulary = parameter is not None and any(parameter is getattr(layer, "weight", None) for layer in layers)
         if is_vocabulary and len(tensor) > len(parameter) and tensor.shape[1:] == parameter.shape[1:]:
             model.resize_token_embeddings(len(tensor), mean_resizing=False)

@@ -77,7 +77,7 @@ class SecondMoment:
         self.tokens += len(inputs)
 
     def eigen(self, name: str = "input") -> MomentBasis:
-        """Return eigenvalues and leading eigenvectors of the mean `C = E[xxᵀ]`; FactorError: none or not finite."""
+        """Return eigenvalues and leading eigenvectors of the mean `C = E[xxᵀ]`; FactorError: not finite."""
         basis = self._eigen(name, "inputs", None)
         return dataclasses.replace(basis, vectors=basis.vectors[:, :MAX_VECTORS].contiguous())
 
@@ -92,10 +92,6 @@ class SecondMoment:
 
     def _eigen(self, name: str, quantity: str, subset: tuple[int, int] | None) -> MomentBasis:
         """Return the eigenpairs of the mean, descending: all, or those of the ascending indices `subset`."""
-        if not self.tokens:
-            raise FactorError(
-                f"layer {name}: no token reached it while calibrating; use text that runs through it, or leave it out"
-            )
         mean = self.total / self.tokens
         if not torch.isfinite(mean).all():
             raise FactorError(

@@ -13,10 +13,10 @@ from hiplora.tuner.calibration import (
     input_bases,
     weight_factors,
 )
-from hiplora.tuner.config import PRESETS, PROJECTIONS, HipLoraConfig
+from hiplora.tuner.config import PEFT_TYPE, PRESETS, PROJECTIONS, HipLoraConfig
 from hiplora.tuner.hooks import install
 from hiplora.tuner.layer import HipLoraLinear
-from hiplora.tuner.model import HipLoraModel, register
+from hiplora.tuner.model import HipLoraModel
 from hiplora.tuner.moments import base_only, restored
 from hiplora.tuner.patterns import check_patterns
 from hiplora.tuner.sampling import ROW_LENGTH, CalibrationStore, model_fingerprint, sampled_rows
@@ -32,5 +32,8 @@ from hiplora.tuner.targets import (
     matching_names,
 )
 
-register()
+# PEFT's own register function accepts only names of its enum.
+_peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = HipLoraConfig  # type: ignore[index]
+_peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = HipLoraModel  # type: ignore[index]
+_peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = HipLoraModel.prefix  # type: ignore[index]
 install()

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.model import _get_encoder
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import SpectralFactors
 from hiplora.tuner.calibration import calibrate_itself, check_calibrated, weight_factors
-from hiplora.tuner.config import PEFT_TYPE, HipLoraConfig
+from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.experts import fuse, shared_side, unroll
 from hiplora.tuner.layer import HipLoraLinear
 from hiplora.tuner.state import (
@@ -110,6 +109,13 @@ class HipLoraModel(BaseTuner):
         """Match exactly the targets of `find_targets`."""
         match = super()._check_target_module_exists(peft_config, key)
         return match if isinstance(match, _ExcludedModule) else key in self._target_names
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Replace as PEFT does; a module without adapters has its weights already, if it has any."""
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
 
     def _inject_parameters(self, peft_config: Any, *args: Any, **kwargs: Any) -> list[str]:
         return list(peft_config.target_parameters)  # injected already, as the layers that experts are unrolled to
@@ -389,10 +395,3 @@ def _check_complement(config: HipLoraConfig, targets: Iterable[Target]) -> None:
             problems.setdefault(remedy, []).append(f"{problem}, so that only its gains learn")
     for remedy, (first, *more) in problems.items():
         warnings.warn(first + f" (and so in {len(more)} more)" * bool(more) + f"; {remedy}", stacklevel=2)
-
-
-def register() -> None:
-    """Make PEFT know HiP-LoRA; its own register function accepts only names of its enum."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = HipLoraConfig  # type: ignore[index]
-    PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = HipLoraModel  # type: ignore[index]
-    PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = HipLoraModel.prefix  # type: ignore[index]

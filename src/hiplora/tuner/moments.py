@@ -12,10 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from hiplora.errors import ConfigError
+from hiplora.errors import ConfigError, FactorError
 from hiplora.spectral import MomentBasis, SecondMoment
 from hiplora.tuner.experts import shared_side
-from hiplora.tuner.targets import keep_unpacked, linear_target
+from hiplora.tuner.targets import keep_unpacked, linear_target, short_names
 
 Bases = dict[str, MomentBasis]
 _INPUT_SIDE = "set basis_sides='input', which needs no gradients"
@@ -87,13 +87,21 @@ class _Collector:
         self, ranks: Mapping[str, int | None], directions: Callable[[SecondMoment, Any, str], MomentBasis]
     ) -> Bases:
         """Return k `directions` of each layer's moment; layers that share a moment and k share one object."""
+        spaces = {name: self.leader.get(name) or shared_space(name, self.side) or name for name in ranks}
+        moments = {space: self._moment(space) for space in dict.fromkeys(spaces.values())}
+        if missed := [name for name, space in spaces.items() if not moments[space].tokens]:
+            what = "token" if self.side == "input" else "gradient"
+            remedy = "use text that runs through it"
+            if len(missed) < len(spaces):
+                remedy += f", or leave out all such layers with exclude_modules={short_names(self._model, missed)}"
+            raise FactorError(f"layer {missed[0]}: no {what} reached it while calibrating; {remedy}")
         by_space: dict[tuple[str, int | None], MomentBasis] = {}
         bases: Bases = {}
         for name, k in ranks.items():
-            space = self.leader.get(name) or shared_space(name, self.side) or name
-            if (space, k) not in by_space:
-                by_space[space, k] = directions(self._moment(space), k, name)
-            bases[name] = by_space[space, k]
+            key = spaces[name], k
+            if key not in by_space:
+                by_space[key] = directions(moments[key[0]], k, name)
+            bases[name] = by_space[key]
         return bases
 
     def _moment(self, name: str) -> SecondMoment:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import re
@@ -28,6 +27,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import AdapterError, ConfigError
+from hiplora.positions import input_embeddings
 from hiplora.spectral import RankSpec, resolve_rank
 from hiplora.tuner.config import PATTERNS
 from hiplora.tuner.experts import ALIASES, ExpertList, shared_side, unrolled
@@ -301,10 +301,7 @@ def _of_text(model: Any, names: Sequence[str]) -> list[str]:
     cross_layers = {
         str(index) for index in getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()
     }
-    embeddings = None
-    if not model.config.is_encoder_decoder:
-        with contextlib.suppress(NotImplementedError):
-            embeddings = model.get_input_embeddings()
+    embeddings = None if model.config.is_encoder_decoder else input_embeddings(model)
     decoder = next((f"{name}." for name, module in model.named_modules() if module is embeddings), "")
     while not any(name.startswith(decoder) for name in names):
         decoder = decoder[: decoder[:-1].rfind(".") + 1]

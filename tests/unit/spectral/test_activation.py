@@ -70,14 +70,11 @@ def test_eigenvalues_energy_and_ranks_by_hand():
     assert (empty.energy(2), empty.effective_rank, rank_for_energy(empty.values, 0.9)) == (0.0, 0.0, 1)
 
 
-@pytest.mark.parametrize(
-    ("seen", "why"),
-    [([[1.0, math.nan, 0.0]], "its inputs have NaN"), ([[math.inf] * 3], "its inputs have NaN"), ([], "no token")],
-)
-def test_inputs_that_are_not_finite_or_missing_name_the_layer(seen, why):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_inputs_that_are_not_finite_name_the_layer(value):
     moment = SecondMoment(3)
-    moment.add(torch.tensor(seen).reshape(-1, 3))
-    with pytest.raises(FactorError, match=rf"layer mlp\.up: {why}"):
+    moment.add(torch.tensor([[1.0, value, 0.0]]))
+    with pytest.raises(FactorError, match=r"layer mlp\.up: its inputs have NaN"):
         moment.eigen("mlp.up")
 
 
