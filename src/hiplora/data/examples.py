@@ -1,9 +1,10 @@
 """Training data as prompts and responses: the `data` block of a recipe, and the examples that it stands for."""
 
+import itertools
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from hiplora.data.prompts import direct_question, final_number, instruction_prompt, lettered, letters, step_by_step
-from hiplora.data.rows import Row, check_rows, hub_rows, read_rows
+from hiplora.data.rows import FORMATS, Row, check_rows, hub_rows, read_rows
 from hiplora.errors import DataError
 from hiplora.provenance import file_sha256
 
@@ -165,6 +166,7 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
         format, rows = read(name, data.format)
     short = rows if data.max_characters is None else _short_enough(rows, format, data.max_characters, name)
     train, held_out = as_examples(format, short[: data.limit], data.template, chat), []
+    unused = _unused_fields(short, train, FORMATS[format].model_fields.keys())
     if data.held_out is not None:
         held_out = as_examples(*read(data.held_out, format), data.template, chat)
     elif data.held_out_fraction is not None:
@@ -181,6 +183,8 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
         key = path if Path(path).name in sources else Path(path).name
         sources[key] = {"file": Path(path).name, "sha256": file_sha256(path), "weight": weight}
     notes = skipped(bad)
+    if unused:
+        notes.append(f"fields of the rows that are not used: {', '.join(unused)}")
     held_out_texts = {_identity(example) for example in held_out}
     distinct = [example for example in train if _identity(example) not in held_out_texts]
     if not distinct:
@@ -206,6 +210,17 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
 def skipped(bad: Sequence[str] | None) -> list[str]:
     """Return a note on the rows that `data.skip_bad_rows` leaves out, given what is wrong with each."""
     return [f"{len(bad)} rows are left out (data.skip_bad_rows), the first: {bad[0]}"] if bad else []
+
+
+def _unused_fields(rows: Sequence[Row], examples: Sequence[Example], fields: Set[str]) -> list[str]:
+    """Return the other fields of the first 1000 rows that have a text of several words which is in no example."""
+    unused = set()
+    for (_, row), example in itertools.islice(zip(rows, examples, strict=False), 1000):
+        for name in row.keys() - fields:
+            text = row[name].strip() if isinstance(row[name], str) else ""
+            if " " in text and text not in example.whole:
+                unused.add(name)
+    return sorted(unused)
 
 
 def _identity(example: Example) -> str:

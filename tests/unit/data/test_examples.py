@@ -186,3 +186,20 @@ def test_bad_rows_are_counted_and_instructions_are_a_chat_where_the_model_has_a_
     assert [message["role"] for message in data.train[0].messages] == ["user", "assistant"]
     assert "1 rows are left out" in data.notes[0]
     assert load_data(DataSettings(path=path, skip_bad_rows=True, template="auto")).train[0].messages == ()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "How many?", "answer": "Two of them."},
+        {"instruction": "How many?", "output": "Two of them."},
+        {"conversations": [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "Two of them."}]},
+        {"problem": "How many?", "solution": "Two of them."},
+        {"prompt": "How many?", "completion": "Two of them.", "system": "Be very brief."},
+    ],
+)
+def test_a_text_beside_a_rows_own_that_is_not_used_is_named(tmp_path, row):
+    used = write_jsonl(tmp_path / "used.jsonl", [{**row, "id": "gsm-1", "level": 3, "copy": "Two of them."}])
+    assert load_data(DataSettings(path=used)).notes == ()
+    unused = write_jsonl(tmp_path / "unused.jsonl", [{**row, "id": "gsm-1", "passage": "There are two of them."}])
+    assert load_data(DataSettings(path=unused)).notes == ("fields of the rows that are not used: passage",)
