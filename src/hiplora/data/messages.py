@@ -7,11 +7,12 @@ from typing import Any
 
 # ShareGPT's names of roles.
 _ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool", "bing": "assistant"}
-# Fields of popular data sets → the project's names: Dolly; NuminaMath and Magicoder; OpenOrca; MBPP.
+# Fields of popular data sets → the project's names: Dolly; NuminaMath and Magicoder; OpenOrca; BoolQ; MBPP.
 _FIELDS = (
     ({"instruction", "response"}, {"response": "output", "context": "input"}),
     ({"problem", "solution"}, {"problem": "question", "solution": "answer"}),
     ({"question", "response"}, {"response": "answer"}),
+    ({"question", "passage", "answer"}, {"passage": "context"}),
     ({"text", "code"}, {"text": "prompt", "code": "completion"}),
 )
 BEFORE = ("system", "system_prompt", "history")  # fields of what came before a row's own task
