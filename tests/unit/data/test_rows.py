@@ -102,7 +102,7 @@ def test_rows_with_a_system_message_or_a_history_beside_them_are_conversations()
         ({"instruction": "Sort.", "context": "b a", "response": "a b", "category": "x"}, "alpaca", "a b"),
         ({"problem": "1 + 1?", "solution": "2", "source": "x"}, "question_answer", "2"),
         ({"system_prompt": "Be brief.", "question": "Which?", "response": "tea"}, "messages", "Which?\n\ntea"),
-        ({"question": "Is it?", "passage": "It is.", "answer": "yes"}, "question_answer", "Is it?\n\nIt is.yes"),
+        ({"question": "Is it?", "passage": "It is.", "answer": "yes"}, "question_answer", "It is.\n\n## Answer\nyes"),
         ({"text": "Write it.", "code": "def f(): ...", "test_list": []}, "prompt_completion", "def f(): ..."),
     ],
 )
