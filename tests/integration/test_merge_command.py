@@ -1,6 +1,7 @@
 import inspect
 import json
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -80,6 +81,25 @@ def test_an_adapter_merged_with_itself_breaks_nothing_new(adapters, name, scale,
         assert ("no more than rounding" in found["verdict"]) == (scale < 0.01)
     larger = merge(list(same.values())).scaled(1 / scale)
     assert "breaks what none" in drift_of_merge(same, [1.0] * times, larger)["verdict"]
+
+
+def test_an_adapter_may_be_in_a_folder_called_merge(adapters, tmp_path, capsys):
+    shutil.copytree(adapters["one"], tmp_path / "merge")
+    there, here = (
+        merged(capsys, one, adapters["two"], "--out", tmp_path / f"of {one.name}")["drift"]
+        for one in (adapters["one"], tmp_path / "merge")
+    )
+    assert list(here["drift"].values()) == list(there["drift"].values())
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_a_scaled_merge_is_compared_with_adapters_of_the_same_scale(adapters, tmp_path, capsys, scale):
+    parts = [adapters["one"], adapters["two"]]
+    by_scale = merged(capsys, *parts, "--scale", scale, "--out", tmp_path / "scaled")["drift"]
+    by_weights = merged(capsys, *parts, "--weights", f"{scale},{scale}", "--out", tmp_path / "weighted")["drift"]
+    for name, texts in by_weights["drift"].items():
+        for text, drift in texts.items():
+            assert by_scale["drift"][name][text]["kl"] == pytest.approx(drift["kl"], rel=1e-3)
 
 
 def test_the_page_of_adapters_that_do_not_meet_says_so(adapters, tmp_path, capsys):

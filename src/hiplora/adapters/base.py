@@ -217,7 +217,8 @@ def replace_extras(model: PreTrainedModel, update: AdapterUpdate) -> bool:
     untied = not stay_equal and bool(tied & {*(f"{module}.weight" for module in update.modules), *update.extras})
     if untied:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+        if not model.config.is_encoder_decoder:  # where it also ties both sides' embeddings, and may scale logits
+            model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     parameters = _parameters(model)
     for name, tensor in update.extras.items():
         shape = tuple(parameters[name].shape) if name in parameters else "no such parameter"

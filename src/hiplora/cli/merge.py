@@ -87,7 +87,7 @@ def command(
         "options": options,
         "scale": scale,
         "scale_search": search,
-        "drift": drift_of_merge(named, shares, update, device) if drift else None,
+        "drift": drift_of_merge(named, [scale * share for share in shares], update, device) if drift else None,
     }
     losses = sorted(update.errors.items(), key=lambda item: -item[1])
     if rank is not None:
@@ -128,9 +128,9 @@ def _shown(record: dict[str, Any], report: dict[str, Any]) -> Shown:
 
 
 def _named(folders: list[Path], updates: list[Any]) -> dict[str, Any]:
-    """Return each update by its folder's own name, or by its whole path where names repeat."""
+    """Return each update by its folder's own name, or by its whole path where names repeat, or one is "merge"."""
     names = [folder.resolve().name for folder in folders]
-    if len({*names}) < len(names):
+    if len({*names, "merge"}) <= len(names):
         names = [f"{folder} ({number})" for number, folder in enumerate(folders, 1)]
     return dict(zip(names, updates, strict=True))
 

@@ -115,13 +115,13 @@ def drift(records: pd.DataFrame, by: Sequence[str] = (), shared: bool = False) -
     if kl.empty:
         return pd.DataFrame(columns=["metric", *by, "method", "text", "estimate"])
     pairing = [name for name in ("domain", "merge", "order") if name in kl]
-    values = kl.set_index([*by, "method", "text", "seed", *pairing])["value"]
+    values, losses = (rows.set_index([*by, "method", "text", "seed", *pairing])["value"] for rows in (kl, ratios))
     means = student(averaged(values, pairing)).assign(low=np.nan, high=np.nan)
     logs = differences(np.log(values.where(values > 0)).to_frame(0)).rename_axis(index={"minus": "over"})
     over = geometric(np.exp(averaged(logs, pairing)[0]))
     if shared:
         means["sd"] = over["low"] = over["high"] = np.nan
-    growth = np.log(ratios.groupby([*by, "method", "text"], sort=False)["value"].mean()).rename("estimate")
+    growth = averaged(np.log(losses), ["seed", *pairing]).rename("estimate")
     return pd.concat(
         [
             means.reset_index().assign(metric="drift", unit="nats/token"),

@@ -46,6 +46,7 @@ from hiplora.training.baselines import AnyMethod
 from hiplora.training.baselines.hiplora import Spectral
 from hiplora.training.method import WEIGHTS_FILE
 from hiplora.tuner import CalibrationStore, weight_factors
+from hiplora.tuner.experts import unrolled
 
 BATCH = 8  # texts scored or generated per batch
 WINDOW = 512  # tokens of a window of a probe's texts
@@ -255,10 +256,11 @@ def merge_adapters(context: Context, job: Job, settings: Settings) -> Found:
     reference = drift_reference(context, settings)
     adapters = [context.store.artifact(job.needs[name]) for name in sorted(job.needs)]
     merged = merge(adapters, settings["rule"], base=context.place.model, options=settings["options"])
-    weights = {f"{name}.weight": network.get_submodule(name).weight for name in merged.modules}
-    with applied(network, merged) as changed:
-        drift = drift_of(changed, reference, lambda: holding(changed, weights))
-        return {"tasks": score(context, changed, settings), "drift": drift}, {}
+    with unrolled(network):
+        weights = {f"{name}.weight": network.get_submodule(name).weight for name in merged.modules}
+        with applied(network, merged) as changed:
+            drift = drift_of(changed, reference, lambda: holding(changed, weights))
+            return {"tasks": score(context, changed, settings), "drift": drift}, {}
 
 
 def collect(context: Context, job: Job, settings: Settings) -> Found:

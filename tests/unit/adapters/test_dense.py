@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -17,6 +18,7 @@ from transformers import (
 from hiplora.adapters import AdapterUpdate, save_as_lora, save_dense
 from hiplora.adapters.dense import merge_into
 from hiplora.errors import AdapterError, ConfigError
+from tests.models.zoo import CASE
 from tests.tiny import save_tiny
 from tests.unit.adapters.samples import (
     base_model,
@@ -69,6 +71,23 @@ def test_tied_embeddings_are_untied_only_where_the_adapter_changes_one_side(tmp_
     assert merged.config.tie_word_embeddings is not untied
     assert torch.equal(merged.lm_head.weight, merged.get_input_embeddings().weight) is not untied
     assert_same_model(tmp_path / "out", model, base)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("name", ["BART", "T5"])
+def test_untying_the_head_leaves_the_embeddings_of_an_encoder_and_decoder_tied(tmp_path, name, changes):
+    base, config = tmp_path / "base", {"target_modules": ["q_proj", "q"], "init_lora_weights": False, **changes}
+    CASE[name].make().save_pretrained(base)
+    model = peft.get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(base), peft.LoraConfig(**config)).eval()
+    for copy in (value for own, value in model.named_parameters() if "modules_to_save" in own):
+        copy.mul_(2.0)
+    model.save_pretrained(tmp_path / "a")
+    assert save_dense(tmp_path / "a", tmp_path / "out")["untied"]
+    merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(12).view(2, 6) + 3
+    found, expected = (one(input_ids=ids, decoder_input_ids=ids).logits for one in (merged, model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_each_sum_is_rounded_once_to_the_base_models_format_or_the_one_asked_for(tmp_path):

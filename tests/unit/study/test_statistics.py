@@ -86,3 +86,6 @@ def test_drift_is_compared_run_by_run_with_an_interval_over_seeds():
     assert ratio.estimate == pytest.approx((0.1 * 0.2 * 0.2 * 0.15) ** 0.25)
     assert ratio.low < ratio.estimate < ratio.high
     assert drift(rows, shared=True).low.isna().all()
+    losses = rows.assign(metric="perplexity_ratio", value=[1.0, np.e, np.e**2, np.e**5] * 2)
+    growth = drift(pd.concat([rows, losses])).set_index(["metric", "method"]).estimate["loss growth"]
+    assert growth.tolist() == pytest.approx([2.0, 2.0])  # the mean of what each run's loss grew by

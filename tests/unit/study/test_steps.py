@@ -1,12 +1,17 @@
 """What a worker reads of the drift texts, and how it chooses among results."""
 
+from dataclasses import replace
+
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from hiplora.errors import DataError
 from hiplora.study.jobs import Job
-from hiplora.study.steps import Context, collect
+from hiplora.study.steps import Context, collect, merge_adapters
 from hiplora.study.store import Place
-from tests.tiny import write_jsonl
+from tests.models.zoo import CASE
+from tests.tiny import tiny_tokenizer, write_jsonl
 
 
 def test_rows_are_one_text_or_texts_of_their_own(tmp_path):
@@ -39,3 +44,20 @@ def test_the_edges_of_a_grid_are_its_least_and_largest_values_in_whatever_order_
     settings = {"field": "loss", "candidates": [{"value": float(name), "needs": [name]} for name in needs]}
     result, _ = collect(context, Job("collect", 1, "choose", settings, needs), settings)
     assert (result["value"], result["at_the_edge"]) == (best, at_the_edge)
+
+
+def test_adapters_of_experts_are_merged_and_measured_too(tmp_path):
+    case = replace(CASE["Qwen3-MoE"], settings={**CASE["Qwen3-MoE"].settings, "vocab_size": 256})
+    case.make().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "text.txt").write_text("In the summer the market stands by the harbour. " * 4)
+    context, needs = Context(Place(tmp_path, str(tmp_path / "base"))), {}
+    for name in ("facts", "sums"):
+        needs[name] = Job("train", 1, name, {"domain": name})
+        config = LoraConfig(r=2, init_lora_weights=False, target_parameters=["mlp.experts.down_proj"])
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+        adapted.save_pretrained(context.store.artifact(needs[name]))
+    drift = {"texts": {"prose": str(tmp_path / "text.txt")}, "tokens": 32, "window": 32}
+    settings = {"rule": "addition", "options": {}, "tasks": {}, "seed": 0, "drift": drift}
+    found, _ = merge_adapters(context, Job("merge", 1, "merge", settings, needs), settings)
+    assert found["drift"]["prose"]["kl"] > 1e-3

@@ -15,11 +15,11 @@ import pandas as pd
 from pydantic import Field
 from scipy import stats
 
+from hiplora.metrics import student_margin
 from hiplora.provenance import provenance
 from hiplora.reporting import interval
 from hiplora.study.protocols.settings import Findings, Protocol, Run, Study
 from hiplora.study.records import FORMS, joined, paper
-from hiplora.study.statistics import SEEDS
 
 LEVEL = 0.05
 MOVED = 1.0  # per cent: the median |δ| / σ from which on claims about the gains are exercised
@@ -110,12 +110,11 @@ def _compared(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any
     """A claim's measurement: on which side it lies, the p-value that its interval implies, the paper's effect."""
     above, size = claim["claimed"] == "above", claim.get("size")
     no_effect = claim.get("none", 0.0) + claim.get("margin", 0.0) * (-1 if above else 1)
-    values = [row.get(name) for name in ("estimate", "low", "high")]
-    estimate, low, high = (math.nan if value is None else float(value) for value in values)
+    values = [row.get(name) for name in ("estimate", "low", "high", "sd", "seeds")]
+    estimate, low, high, sd, seeds = (math.nan if value is None else float(value) for value in values)
     reach = estimate - low if estimate > no_effect else high - estimate  # to the interval's end nearer to no effect
-    distance, seeds = abs(estimate - no_effect), row.get("seeds") or 0
-    test, width = stats.norm(), 1.96
-    if seeds >= SEEDS:  # the interval is Student's
+    distance, test, width = abs(estimate - no_effect), stats.norm(), 1.96
+    if math.isclose(reach, student_margin(sd, seeds), rel_tol=1e-6):  # the interval is Student's
         test = stats.t(seeds - 1)
         width = test.ppf(0.975)
     excluded = None if size is None or math.isnan(low) else high < size if above else low > size

@@ -78,7 +78,7 @@ class CostTable(OfMethods):
                 # The methods were timed in turn: the n-th times are compared with each other.
                 ratio = student(pd.concat({0: speed / speeds[reference][0]}, names=["of", "seed"])).iloc[0]
                 over = {**label, "over": reference, "unit": "ratio"}
-                yield {**over, "metric": "throughput ratio", **ratio[BOUNDS]}
+                yield {**over, "metric": "throughput ratio", **ratio}
                 yield {**over, "metric": "peak memory ratio", "estimate": memory / speeds[reference][1]}
             for record in (record for job, record in records if job.kind == "factorize"):
                 seconds, size = record["timing"]["factorize_seconds"], record["result"]["bytes"]

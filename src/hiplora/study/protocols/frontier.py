@@ -246,19 +246,24 @@ def _ratio_tables(numbers: pd.DataFrame, domain: str, title: str, reference: str
     ratios = numbers[numbers.metric == RATIO]
     if ratios.empty:
         return {}
-    operating, overall, best = ratios.operating.astype(bool), ratios.text == OVER, ratios.which.notna()
-    best_title = f"{BEST_PLAIN} ({ratios[best & operating & overall].which.iloc[0]})" if best.any() else BEST_PLAIN
-    ratios = ratios.assign(row=ratios.method.where(~best, best_title), cell=ratios.apply(_cell, axis=1))
-    order = sorted(ratios.row.unique(), key=lambda row: row != best_title)
+    ratios = ratios.assign(cell=ratios.apply(_cell, axis=1))
+    operating, overall = ratios.operating.astype(bool), ratios.text == OVER
+
+    def titled(rows: pd.DataFrame) -> pd.DataFrame:
+        """The rows with their title, the best plain LoRA first: the one that it is, or those that it is in turn."""
+        best = f"{BEST_PLAIN} ({'; '.join(rows.which.dropna().unique())})"
+        rows = rows.assign(row=rows.method.where(rows.which.isna(), best))
+        return rows.sort_values("row", key=lambda row: row != best, kind="stable")
 
     def wide(rows: pd.DataFrame, column: str, columns: Sequence[str]) -> pd.DataFrame:
-        cells = rows.pivot(index="row", columns=column, values="cell").reindex(index=order, columns=columns)
-        return cells.rename_axis(index="Method", columns=None)
+        cells = rows.pivot(index="row", columns=column, values="cell")
+        return cells.reindex(index=rows.row.unique(), columns=columns).rename_axis(index="Method", columns=None)
 
-    equal = wide(ratios[operating], "text", sorted(ratios.text.unique(), key=lambda text: (text != OVER, text)))
-    equal.insert(0, "Held-out loss", ratios[operating & overall].set_index("row").loss.map("{:.3f}".format))
+    at_most = titled(ratios[operating])
+    equal = wide(at_most, "text", sorted(ratios.text.unique(), key=lambda text: (text != OVER, text)))
+    equal.insert(0, "Held-out loss", at_most[at_most.text == OVER].set_index("row").loss.map("{:.3f}".format))
     each = ratios[~operating & overall]
-    each = each.assign(column=[f"{r.lr:g}{_stop(r.steps)} (loss {r.loss:.3f})" for r in each.itertuples()])
+    each = titled(each.assign(column=[f"{r.lr:g}{_stop(r.steps)} (loss {r.loss:.3f})" for r in each.itertuples()]))
     at_equal_loss = f"{title}: drift at the lowest loss that both reached, against {reference}"
     at_rates = f"{title}: drift over {OVER} at equal loss, against {reference} at each of its rates"
     return {

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hiplora.metrics import student_margin
 from tests.unit.study.protocols.made import finish, jobs, made_study, row, table, tables
 
 PAPER = "HiP-LoRA (paper)"
@@ -19,5 +20,6 @@ def test_speed_is_compared_time_by_time_with_the_first_method(tmp_path):
     ratio = row(found, "throughput ratio", PAPER, over="LoRA")
     assert ratio.estimate == pytest.approx((0.9 + 0.8) / 2)
     assert ratio.low < 0.8 < 0.9 < ratio.high
+    assert ratio.high - ratio.estimate == pytest.approx(student_margin(ratio.sd, 2))  # so a claim's test is Student's
     shown = table(found, "cost-table").loc[PAPER]
     assert (shown["SVD minutes"], shown["Cache size, GB"]) == ("2.00 (paper: 18)", "0.5000 (paper: 0.13)")

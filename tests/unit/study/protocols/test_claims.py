@@ -43,11 +43,14 @@ def test_a_claim_is_judged_by_the_side_of_its_interval(tmp_path, claim, change, 
     assert (found["verdict"], found["as_large"]) == (verdict, as_large)
 
 
-def test_over_five_seeds_the_test_is_students(tmp_path):
-    over_items = {**RETAIN, "estimate": -2.0, "low": -3.0, "high": -1.0}
-    assert judged(tmp_path, {**over_items, "seeds": 3})["p"] == pytest.approx(8.9e-5, rel=0.01)
-    over_seeds = 2 * stats.t.sf(2 * stats.t.ppf(0.975, 4), 4)
-    assert judged(tmp_path, {**over_items, "seeds": 5})["p"] == pytest.approx(over_seeds)
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_the_test_is_students_where_the_interval_is(tmp_path, seeds):
+    row = {**RETAIN, "estimate": -2.0, "low": -3.0, "high": -1.0, "seeds": seeds}
+    over_items = judged(tmp_path, {**row, "sd": 0.1})["p"]
+    assert over_items == pytest.approx(8.9e-5, rel=0.01)
+    width = stats.t.ppf(0.975, seeds - 1)
+    over_seeds = judged(tmp_path, {**row, "sd": seeds**0.5 / width})["p"]
+    assert over_seeds == pytest.approx(2 * stats.t.sf(2 * width, seeds - 1))
 
 
 def test_a_row_that_one_test_would_support_is_corrected_for_the_number_of_rows(tmp_path):

@@ -57,7 +57,9 @@ def test_drift_at_equal_loss_is_paired_by_seed_and_bounded_where_a_method_learne
 def test_the_best_plain_lora_is_the_one_that_drifts_least_where_it_learned_as_much(found):
     one = row(found, **EQUAL, method="Best plain LoRA", operating=True)
     assert one.which == "LoRA on the MLPs"
-    assert "Best plain LoRA (LoRA on the MLPs)" in table(found, "frontier-sums-equal").index
+    assert table(found, "frontier-sums-equal").index[0] == "Best plain LoRA (LoRA on the MLPs)"
+    assert row(found, **EQUAL, method="Best plain LoRA", operating=False, lr=0.01).which == "LoRA"
+    assert table(found, "frontier-sums-rates").index[0] == "Best plain LoRA (LoRA on the MLPs; LoRA)"
     assert set(found.figures) == {"frontier-sums-lora"}
 
 
