@@ -158,7 +158,7 @@ def write_report(results: Results, out: Path) -> None:
     ]
     points = pd.DataFrame(rows)
     figures = {
-        f"Learned against disturbed, {curve}; lower left is better": plots.lines(
+        f"Held-out loss against drift, {curve}; lower left is better": plots.lines(
             part,
             "KL",
             "held-out loss",

@@ -255,8 +255,8 @@ def _write_report(results: Results, out: Path) -> None:
     text = (
         f"One skill {', the other '.join(skill['about'] for skill in skills)}. Each was trained until its loss on "
         f"held-back prompts was at most {results['settings']['loss']}; then a method's two adapters were added. KL "
-        "divergence from the base model is on prose and code, in nats a token: at 0.01 answers are worded differently, "
-        "but stay on the subject. One run, one seed."
+        "divergence from the base model is on prose and code, in nats per token: at 0.01 answers are worded "
+        "differently, but stay on the subject. One run, one seed."
     )
     examples = [row for skill in skills for row in skill["added"][:SHOWN]]
     sections = [

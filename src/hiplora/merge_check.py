@@ -278,7 +278,7 @@ def drift_of_merge(
     elif kl < rounding(model):
         comparison = f", no more than rounding: {judged}"
     verdict = (
-        f"The merge drifts {kl:.2g} nats a token from the base on {text} ({changed:.1%} of its top tokens change)"
+        f"The merge drifts {kl:.2g} nats per token from the base on {text} ({changed:.1%} of its top tokens change)"
         f"{comparison}"
     )
     return {"drift": drift, "verdict": verdict}

@@ -22,7 +22,7 @@ from hiplora.training import TrainRecipe
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """What may be lost, in nats a token on the worst text, and what is tried: every rate with every rank."""
+    """What may be lost, in nats per token on the worst text, and what is tried: every rate with every rank."""
 
     max_drift: float = 0.01
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
@@ -84,7 +84,7 @@ def within(record: Results, limit: float, base: float) -> Results | None:
 
 
 def worst(point: Results) -> float:
-    """Return the drift of a point on the text that it moved most, in nats a token."""
+    """Return the drift of a point on the text that it moved most, in nats per token."""
     return float(max(drift["kl"] for drift in point["drift"].values()))
 
 
@@ -107,7 +107,7 @@ def _recipes(model: str, data: str | os.PathLike, settings: TuneSettings) -> dic
     if not settings.rates or not settings.ranks:
         raise ConfigError("--rates and --ranks: name at least one of each")
     if not 0 < settings.max_drift < math.inf:
-        raise ConfigError(f"--max-drift is {settings.max_drift}; expected nats a token, above 0, for example 0.01")
+        raise ConfigError(f"--max-drift is {settings.max_drift}; expected nats per token, above 0, for example 0.01")
     fields = CompareSettings.__dataclass_fields__.keys() & TuneSettings.__dataclass_fields__.keys()
     shared = {name: getattr(settings, name) for name in fields}
     recipes = {}
@@ -125,7 +125,7 @@ def _written(recipe: TrainRecipe, point: Results, limit: float) -> str:
     if steps != planned:  # the warm-up is as many steps, whatever their share rounds to
         values["train"]["warmup_ratio"] = (recipe.train.warmup_steps(planned) - 0.5) / steps
     comment = (
-        f"# Held-out loss {point['held_out_loss']:.3f} at a drift of {worst(point):.2g}, of {limit:g} nats a token."
+        f"# Held-out loss {point['held_out_loss']:.3f} at a drift of {worst(point):.2g}, of {limit:g} nats per token."
     )
     if point.get("scale", 1.0) != 1.0:
         comment += f"\n# Then scaled down: hiplora export ADAPTER --scale {point['scale']:g} --to lora --out DIR"

@@ -11,7 +11,7 @@ def command(
     data: Path = Argument(..., help="Training rows: JSON lines, JSON, parquet or CSV, as for hiplora train."),
     model: str = Option("smollm2-135m", help="Base model: a folder, a hub name, smollm2-135m or gemma3-270m."),
     max_drift: float = Option(
-        0.01, help="Largest drift on the worst text, in nats a token; 0.01 changes 4 % of them."
+        0.01, help="Largest drift on the worst text, in nats per token; 0.01 changes 4 % of them."
     ),
     out: Path = Option(..., help="Output folder: new, or of an interrupted run of the same."),
     rates: str = Option("5e-4,1e-3,2e-3", help="Learning rates to try, joined by commas."),
@@ -44,7 +44,7 @@ def command(
     with told_to_repeat(out):
         results = tune(model, data, out, settings, overwrite=overwrite, tell=tell)
     yield results
-    yield f"Within {max_drift:g} nats a token of {model}, on the worst text", summary(results)
+    yield f"Within {max_drift:g} nats per token of {model}, on the worst text", summary(results)
     yield f"The base model's held-out loss is {results['base']['held_out_loss']:.3f}."
     if (chosen := results["chosen"]) is None:
         yield "No setting learned anything within the limit: allow more drift (--max-drift), or try lower --rates."

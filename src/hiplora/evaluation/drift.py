@@ -71,7 +71,7 @@ class BaseReference:
 
 
 def rounding(model: nn.Module) -> float:
-    """Return the divergence in nats a token below which it is the rounding of the model's precision."""
+    """Return the divergence in nats per token below which it is the rounding of the model's precision."""
     return 1e-6 if next(model.parameters()).dtype == torch.float32 else 1e-3
 
 

@@ -53,7 +53,7 @@ def measure_updates(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Add each update to a bare model's weights in turn, and measure drift on texts and loss on rows of its task.
 
-    Returns name → text → drift, and name → loss in nats a token, with that of the `base`; no losses without `examples`.
+    Returns name → text → drift, and name → loss in nats per token with the `base`'s; no losses without `examples`.
     AdapterError if an update does not fit the model, or changes no logit and is not in `may_be_nothing`.
     """
     drift = {}

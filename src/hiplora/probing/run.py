@@ -151,7 +151,7 @@ def verdict(rows: Sequence[Mapping[str, Any]], correlations: Sequence[Mapping[st
     most = max(rows, key=lambda row: math.inf if row["drop"]["kl"] is None else row["drop"]["kl"])
     furthest = f"{most['kind']} of direction {most['index']} of {most['module']}"
     kl = most["drop"]["kl"]
-    by = "after which its predictions are not finite" if kl is None else f"by {kl:.2g} nats a token"
+    by = "after which its predictions are not finite" if kl is None else f"by {kl:.2g} nats per token"
     return f"{trend[0].upper()}{trend[1:]}. Furthest: {furthest}, {by}."
 
 

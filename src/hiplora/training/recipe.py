@@ -96,7 +96,7 @@ class TrainSettings(Block):
     """Tokens of prose and of code on which the drift from the base is measured at the end; 0 measures none. 512 in
     `hiplora train`. Not for methods that move the base weights."""
     max_drift: float | None = Field(default=None, gt=0)
-    """Largest drift, in nats a token, measured as for `patience`; above it the last checkpoint below is the result."""
+    """Largest drift, in nats per token, measured as for `patience`; the last checkpoint below it is the result."""
     patience: int | None = Field(default=None, ge=1)
     """The training ends when the held-out loss, measured every `eval_every` steps or ten times, was not lowered so
     many times in a row. The adapter is the one with the lowest, also of a run that is not ended."""

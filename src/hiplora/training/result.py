@@ -127,7 +127,7 @@ def result_rows(result: TrainResult) -> list[tuple[str, str]]:
         rows.append(("held-out loss", f"{result.held_out['before']:.4f} → {result.held_out['after']:.4f}"))
     for text, drift in (result.drift or {}).items():
         changed = f"{drift['greedy_changed']:.1%} of the next tokens changed"
-        rows.append((f"drift from the base on {text}", f"KL {drift['kl']:.2g} nats a token, {changed}"))
+        rows.append((f"drift from the base on {text}", f"KL {drift['kl']:.2g} nats per token, {changed}"))
     return [
         *rows,
         ("tokens", f"{result.tokens:,}"),

@@ -69,7 +69,7 @@ class Ablations(Protocol):
         curves = trained[trained.metric == "loss"].groupby(["method", "item"], sort=False)["value"].mean()
         figure = plots.lines(
             curves.dropna().reset_index(), "item", "value", "method", markers=False,
-            xlabel="optimizer step", ylabel="training loss (nats a token)",
+            xlabel="optimizer step", ylabel="training loss (nats per token)",
         )  # fmt: skip
         caption = "Training with and without each part, mean over domains and seeds"
         findings.figures["dynamics"] = caption, figure

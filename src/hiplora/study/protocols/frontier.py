@@ -24,7 +24,7 @@ LOSS = "loss"
 OVER = "all texts"  # the geometric mean over the texts unlike the reference's calibration text
 BEST_PLAIN = "Best plain LoRA"
 RATIO = "drift ratio at equal loss"
-FLOOR = 1e-9  # nats a token: a divergence below it is rounding
+FLOOR = 1e-9  # nats per token: a divergence below it is rounding
 POINT = ["method", "lr", "steps"]
 REACHED, NOT_REACHED, PASSED = "reached", "not reached", "passed"
 Floats = NDArray[np.float64]
@@ -302,7 +302,7 @@ def _figures(numbers: pd.DataFrame, domain: str, title: str, reference: str, pla
         if shown.any():
             figure = plots.facets(
                 rows[shown | (rows.method == reference)], "text", plots.lines, x="loss", y="estimate", line="line",
-                logy=True, xlabel="held-out loss, nats a token", ylabel="KL from the base, nats a token",
+                logy=True, xlabel="held-out loss, nats per token", ylabel="KL from the base, nats per token",
             )  # fmt: skip
             caption = f"{title}: {reference} against {description}, drift against loss"
             figures[f"{domain}-{group}"] = caption, figure

@@ -49,7 +49,7 @@ class RankOne(Protocol):
             parts.append(_numbers(records, record["result"]["correlations"]).assign(basis=basis))
             for metric, title in METRICS.items():
                 name = f"{basis}-{metric.replace('_', '-')}"
-                caption = f"Correlation with σ, {basis} basis: {title}, nats a token"
+                caption = f"Correlation with σ, {basis} basis: {title}, nats per token"
                 in_paper = basis == "weight" and metric == "log_perplexity"
                 found.tables[name] = caption, _table(parts[-1], metric, "rank-one" if in_paper else "")
             points = pd.DataFrame(records)
@@ -58,7 +58,7 @@ class RankOne(Protocol):
             if not points.empty:
                 figure = plots.facets(
                     points, "intervention", plots.scatter, x="sigma", y="kl", group="module", logx=True, logy=True,
-                    xlabel="σ", ylabel="KL (nats a token)",
+                    xlabel="σ", ylabel="KL (nats per token)",
                 )  # fmt: skip
                 found.figures[basis] = f"What single directions are worth, {basis} basis", figure
         found.measured = joined(*parts)

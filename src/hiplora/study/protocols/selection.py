@@ -63,7 +63,7 @@ class Selection(Protocol):
                 rows.append({**row, "domain": self.domain, labels["field"]: value, "chosen": chosen})
         wide = pd.DataFrame(shown, columns=["Value", "Held-out loss", "Choice"]).set_index("Value")
         text = (
-            f"Loss on held-out rows of {study.recipe.domains[self.domain].title} after training, nats a token. Each "
+            f"Loss on held-out rows of {study.recipe.domains[self.domain].title} after training, nats per token. Each "
             f"sweep keeps what the ones above it chose, at the learning rate of {study.row(self.method).title}. The "
             "study's other rows keep the settings of the recipe."
         )
