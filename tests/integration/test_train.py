@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -251,6 +252,17 @@ def test_with_patience_a_training_ends_with_the_adapter_of_the_lowest_held_out_l
     with pytest.raises(Stopped):
         train(make(**settings), tmp_path / "resumed", callbacks=[StopAt(max(losses))])
     assert_equal_runs(train(make(**settings), tmp_path / "resumed"), result)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_drift": 0.5, "drift_tokens": 64}], ids=["patience", "max_drift too"])
+def test_a_run_that_is_killed_after_patience_ended_it_ends_there_again(make, tmp_path, monkeypatch, settings):
+    settings = {"eval_every": 1, "patience": 1, "lr": 0.1, "save_every": 1, "packing": False, **settings}
+    whole = train(make(**settings), tmp_path / "whole")
+    assert "train.patience" in whole.warnings[-1]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("hiplora.training.trainer.Record.return_to_best", Mock(side_effect=Stopped))
+        train(make(**settings), tmp_path / "parts")
+    assert_equal_runs(train(make(**settings), tmp_path / "parts"), whole)
 
 
 def test_rows_are_tokenized_before_the_model_is_loaded_and_long_held_out_rows_are_said(make, tmp_path, monkeypatch):
