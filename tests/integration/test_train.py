@@ -219,6 +219,19 @@ def test_losses_against_forgetting_train_on_top_of_hiplora(whole, make, tmp_path
     assert plain.final_loss != result.final_loss
 
 
+def test_rows_of_which_nothing_is_learned_take_no_step(make, tmp_path, monkeypatch):
+    def mask_most(model, rows):
+        for row in rows[2:]:
+            row["labels"] = [-100] * len(row["labels"])
+        return 1
+
+    monkeypatch.setattr("hiplora.training.losses.mask_unlikely", mask_most)
+    settings = {"token_weight": "stm", "masked_kl_weight": 1.0, "batch_size": 1, "gradient_accumulation": 1}
+    result = train(make(**settings, packing=False, steps=None, epochs=1), tmp_path / "out")
+    assert result.steps == 2
+    assert result.final_loss > 0
+
+
 def test_drift_is_measured_at_the_end_and_ends_a_training_with_the_last_checkpoint_below(make, tmp_path):
     settings = {"drift_tokens": 64, "eval_every": 2, "steps": 12, "keep_checkpoints": 6, "packing": False}
     free = train(make(**settings), tmp_path / "free")

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hiplora.data.encoding import EncodingReport, encode_examples, shown
+from hiplora.data.encoding import IGNORED, EncodingReport, encode_examples, shown
 from hiplora.data.examples import TrainingData, load_data, skipped
 from hiplora.devices import machine_dtype, pick_device, torch_dtype
 from hiplora.errors import DataError
@@ -47,7 +47,8 @@ def sequences(
     rows, held_out, notes, report = encoded
     if settings.token_weight == "stm":
         removed = mask_unlikely(model, rows)
-        if removed == report.learned_tokens:
+        rows = [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]
+        if not rows:
             raise DataError("train.token_weight: stm leaves no token to learn: the model finds all of them unlikely")
         notes.append(f"stm leaves out {removed:,} of {report.learned_tokens:,} tokens")
     if settings.replay:
