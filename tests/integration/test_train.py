@@ -232,6 +232,12 @@ def test_rows_of_which_nothing_is_learned_take_no_step(make, tmp_path, monkeypat
     assert result.final_loss > 0
 
 
+@pytest.mark.parametrize("replay", [0.0, 0.5])
+def test_a_preview_counts_the_steps_that_are_trained(make, tmp_path, replay):
+    recipe = make(replay=replay, packing=False, steps=None, epochs=1)
+    assert preview(recipe, 0)[0]["steps"] == train(recipe, tmp_path / "out").steps
+
+
 def test_drift_is_measured_at_the_end_and_ends_a_training_with_the_last_checkpoint_below(make, tmp_path):
     settings = {"drift_tokens": 64, "eval_every": 2, "steps": 12, "keep_checkpoints": 6, "packing": False}
     free = train(make(**settings), tmp_path / "free")
