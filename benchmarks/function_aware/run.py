@@ -5,7 +5,7 @@
 A run is measured by the mean negative log-likelihood of held-out answers (nats per token) or the edits that work, and
 by the KL divergence from the base model on WikiText, Python code and German sentences. One JSON file a run, written
 aside and renamed: a series goes on where it stopped, and several processes share it. `--data` holds the gzipped JSON
-lines that `data.py` names. """
+lines that `data.py` names."""
 
 import argparse
 import itertools
