@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -218,6 +219,25 @@ def test_losses_against_forgetting_train_on_top_of_hiplora(whole, make, tmp_path
     assert plain.final_loss != result.final_loss
 
 
+def test_rows_of_which_nothing_is_learned_take_no_step(make, tmp_path, monkeypatch):
+    def mask_most(model, rows):
+        for row in rows[2:]:
+            row["labels"] = [-100] * len(row["labels"])
+        return 1
+
+    monkeypatch.setattr("hiplora.training.losses.mask_unlikely", mask_most)
+    settings = {"token_weight": "stm", "masked_kl_weight": 1.0, "batch_size": 1, "gradient_accumulation": 1}
+    result = train(make(**settings, packing=False, steps=None, epochs=1), tmp_path / "out")
+    assert result.steps == 2
+    assert result.final_loss > 0
+
+
+@pytest.mark.parametrize("replay", [0.0, 0.5])
+def test_a_preview_counts_the_steps_that_are_trained(make, tmp_path, replay):
+    recipe = make(replay=replay, packing=False, steps=None, epochs=1)
+    assert preview(recipe, 0)[0]["steps"] == train(recipe, tmp_path / "out").steps
+
+
 def test_drift_is_measured_at_the_end_and_ends_a_training_with_the_last_checkpoint_below(make, tmp_path):
     settings = {"drift_tokens": 64, "eval_every": 2, "steps": 12, "keep_checkpoints": 6, "packing": False}
     free = train(make(**settings), tmp_path / "free")
@@ -251,6 +271,17 @@ def test_with_patience_a_training_ends_with_the_adapter_of_the_lowest_held_out_l
     with pytest.raises(Stopped):
         train(make(**settings), tmp_path / "resumed", callbacks=[StopAt(max(losses))])
     assert_equal_runs(train(make(**settings), tmp_path / "resumed"), result)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_drift": 0.5, "drift_tokens": 64}], ids=["patience", "max_drift too"])
+def test_a_run_that_is_killed_after_patience_ended_it_ends_there_again(make, tmp_path, monkeypatch, settings):
+    settings = {"eval_every": 1, "patience": 1, "lr": 0.1, "save_every": 1, "packing": False, **settings}
+    whole = train(make(**settings), tmp_path / "whole")
+    assert "train.patience" in whole.warnings[-1]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("hiplora.training.trainer.Record.return_to_best", Mock(side_effect=Stopped))
+        train(make(**settings), tmp_path / "parts")
+    assert_equal_runs(train(make(**settings), tmp_path / "parts"), whole)
 
 
 def test_rows_are_tokenized_before_the_model_is_loaded_and_long_held_out_rows_are_said(make, tmp_path, monkeypatch):

@@ -11,11 +11,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from hiplora.data.texts import ROW_LENGTH
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.provenance import file_sha256
 from hiplora.training import train
+from hiplora.training.widen import written_by
 from tests.integration.training import StopAt, Stopped, assert_equal_runs, small_recipe, small_rows, tensors
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 METHODS = {
     "hiplora": {"name": "hiplora", "preset": "paper", "principal_rank": 8},
@@ -114,6 +116,15 @@ def test_a_widened_training_needs_the_rows_of_the_finished_task_and_no_other_fil
     values["train"]["start_from"] = "/gone"
     (given / "recipe.yaml").write_text(yaml.safe_dump(values))
     assert train(recipe("activation", 1, given, steps=1), tmp_path / "out").steps == 1
+
+
+def test_no_padding_is_measured_after_an_answer_that_a_chat_models_own_token_ends(first):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(128)]
+    written = written_by(model, tokenizer, first("activation"), 2048)
+    answers = [row for row in written if len(row) < ROW_LENGTH]
+    assert len(answers) == 8
+    assert not any(tokenizer.pad_token_id in row for row in answers)
 
 
 def test_a_widened_training_keeps_the_modules_that_it_trained_whole(recipe, tmp_path):

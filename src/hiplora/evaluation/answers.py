@@ -11,7 +11,7 @@ from torch import nn
 
 from hiplora.data.encoding import beginning
 from hiplora.errors import ConfigError, first_line
-from hiplora.evaluation.likelihood import by_length, can_pad, encode, eval_mode, pad_left, pad_token
+from hiplora.evaluation.likelihood import by_length, can_pad, encode, end_tokens, eval_mode, pad_left, pad_token
 from hiplora.evaluation.mounting import BASE, mounted
 from hiplora.positions import position_limit
 
@@ -26,9 +26,7 @@ def continuations(
     """
     from transformers import GenerationConfig
 
-    turn_ends: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # of a chat model
-    ends = {tokenizer.eos_token_id, *(turn_ends if isinstance(turn_ends, (list, tuple)) else [turn_ends])} - {None}
-    pad = pad_token(tokenizer)
+    ends, pad = end_tokens(model, tokenizer), pad_token(tokenizer)
     greedy = GenerationConfig(
         max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends) or None
     )

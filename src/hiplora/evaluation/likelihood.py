@@ -140,6 +140,12 @@ def pad_token(tokenizer: Any) -> int:
     return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end what a model writes: the tokenizer's, and those that end a chat model's turn."""
+    turn_ends: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {tokenizer.eos_token_id, *(turn_ends if isinstance(turn_ends, (list, tuple)) else [turn_ends])} - {None}
+
+
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Yield batches of indices of items of similar length, so that little is padded."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)

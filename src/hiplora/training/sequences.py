@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hiplora.data.encoding import EncodingReport, encode_examples, shown
+from hiplora.data.encoding import IGNORED, EncodingReport, encode_examples, shown
 from hiplora.data.examples import TrainingData, load_data, skipped
+from hiplora.data.texts import ROW_LENGTH
 from hiplora.devices import machine_dtype, pick_device, torch_dtype
 from hiplora.errors import DataError
 from hiplora.models import load_tokenizer
@@ -47,11 +48,12 @@ def sequences(
     rows, held_out, notes, report = encoded
     if settings.token_weight == "stm":
         removed = mask_unlikely(model, rows)
-        if removed == report.learned_tokens:
+        rows = [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]
+        if not rows:
             raise DataError("train.token_weight: stm leaves no token to learn: the model finds all of them unlikely")
         notes.append(f"stm leaves out {removed:,} of {report.learned_tokens:,} tokens")
     if settings.replay:
-        rows += replay_rows(model, math.ceil(settings.replay / (1 - settings.replay) * len(rows)), length)
+        rows += replay_rows(model, replayed(recipe, len(rows)), length)
     sets = [Dataset.from_list(part) for part in (rows, held_out) if part]
     if settings.packing:
         sets = [pack_dataset(part, length, "bfd") for part in sets]
@@ -110,11 +112,13 @@ def preview(recipe: TrainRecipe, count: int) -> tuple[dict[str, Any], str]:
     rows, _, notes, report = tokenized(recipe, data, tokenizer, bare)
     texts = [shown(tokenizer, row) for row in rows[:count]]
     learned = f"{report.learned_tokens:,} of {report.tokens:,} tokens are learned"
-    steps = None if settings.packing and settings.steps is None else count_steps(recipe, len(rows))
+    added = replayed(recipe, len(rows))
+    count, total = len(rows) + added, report.tokens + added * min(ROW_LENGTH, length)
+    steps = None if settings.packing and settings.steps is None else count_steps(recipe, count)
     batch = settings.batch_size * settings.gradient_accumulation
-    tokens = (settings.epochs or 1) * report.tokens
+    tokens = (settings.epochs or 1) * total
     if settings.steps is not None:
-        tokens = settings.steps * batch * (length if settings.packing else report.tokens / len(rows))
+        tokens = settings.steps * batch * (length if settings.packing else total / count)
     seconds = rough_seconds(bare, tokens)
     cost = f"{steps or 'fewer, longer'} steps of {batch} sequences, roughly {duration(seconds)} here"
     lines = [f"row {number}\n{text}\n" for number, text in enumerate(texts, 1)]
@@ -143,6 +147,11 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def replayed(recipe: TrainRecipe, count: int) -> int:
+    """Return how many rows the base model writes beside so many training rows."""
+    return math.ceil(recipe.train.replay / (1 - recipe.train.replay) * count)
 
 
 def count_steps(recipe: TrainRecipe, count: int) -> int:

@@ -256,12 +256,15 @@ class Record(TrainerCallback):
             self._hold_drift(self.settings.max_drift, step, control)
         if row:
             self.trainer.log(row)
-        if self.settings.patience and "held_out_loss" in row and self.best is None:
+        ended = self.best is not None
+        if self.settings.patience and "held_out_loss" in row and not ended:
             _, waited = self._lowest()
+            ended = waited >= self.settings.patience and not last
             control.should_save = control.should_save or not waited
-            control.should_training_stop = control.should_training_stop or waited >= self.settings.patience
-        if self.interrupted:
-            control.should_save, control.should_training_stop = self.best is None, True
+        if ended:  # without a checkpoint of this step, from which a run that is killed now would go on
+            control.should_save, control.should_training_stop = False, True
+        elif self.interrupted:
+            control.should_save, control.should_training_stop = True, True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Log the steps since the last row if the training ends before its last step."""
@@ -280,7 +283,6 @@ class Record(TrainerCallback):
             raise HipLoraError(f"{what}; lower train.lr, or measure more often with train.eval_every")
         self.trainer.session.load(checkpoint)
         self.best, self.why = int(checkpoint.name.rpartition("-")[2]), "stopped by train.max_drift"
-        control.should_save, control.should_training_stop = False, True
 
     def _lowest(self) -> tuple[int | None, int]:
         """Return the step with the lowest held-out loss, for `patience`, and the number of measurements since."""

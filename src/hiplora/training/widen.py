@@ -17,7 +17,7 @@ from hiplora.data.encoding import IGNORED, encode_examples
 from hiplora.data.examples import load_data
 from hiplora.data.texts import ROW_LENGTH
 from hiplora.errors import ConfigError, HipLoraError
-from hiplora.evaluation.likelihood import pad_left, pad_token
+from hiplora.evaluation.likelihood import end_tokens, pad_left, pad_token
 from hiplora.files import write_atomic
 from hiplora.positions import within_context
 from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
@@ -85,17 +85,18 @@ def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Te
 
 def _continued(model: Any, tokenizer: Any, prompts: list[Tensor]) -> list[Tensor]:
     """Sample what a model writes after prompts, to the end of the text or of the row."""
-    pad = pad_token(tokenizer)
+    ends, pad = end_tokens(model, tokenizer), pad_token(tokenizer)
     ids, mask, _ = pad_left([prompt.tolist() for prompt in prompts], pad)
     width = ids.shape[1]
     written = model.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=True, top_k=0, top_p=1.0,
         temperature=1.0, max_new_tokens=max(within_context(ROW_LENGTH, model) - width, 1), pad_token_id=pad,
+        eos_token_id=sorted(ends) or None,
     ).cpu()  # fmt: skip
     rows = []
     for row, prompt in zip(written, prompts, strict=True):
-        ends = [width + i for i, token in enumerate(row[width:].tolist()) if token == tokenizer.eos_token_id]
-        rows.append(row[width - len(prompt) : ends[0] if ends else None])
+        end = next((i for i, token in enumerate(row.tolist()) if i >= width and token in ends), None)
+        rows.append(row[width - len(prompt) : end])
     return rows
 
 
