@@ -40,18 +40,23 @@ def letters(row: Mapping[str, Any]) -> list[str]:
 
 
 def final_number(row: Mapping[str, Any]) -> str:
-    """Return the result of a GSM8K solution (after `####`) or of a plain answer, in its plain form."""
-    return normal_number(str(row["answer"]).rpartition("####")[2])
+    """Return the result of a GSM8K solution (after `####`), or the last number of a plain answer, in its plain form."""
+    answer = str(row["answer"]).rpartition("####")[2]
+    return normal_number((_numbers(answer) or [answer])[-1])
 
 
 def normal_number(text: str) -> str:
     """Return the first number in a text without currency, commas and padding zeros; the stripped text if none."""
-    match = _NUMBER.search(text.replace("$", "").replace("€", "").replace("£", ""))
-    if match is None:
+    numbers = _numbers(text)
+    if not numbers:
         return text.strip()
-    number = Decimal(match.group().replace(",", ""))
+    number = Decimal(numbers[0].replace(",", ""))
     plain = f"{number:f}"
     return (plain.rstrip("0").rstrip(".") if "." in plain else plain) if number else "0"
+
+
+def _numbers(text: str) -> list[str]:
+    return [match.group() for match in _NUMBER.finditer(re.sub("[$€£]", "", text))]
 
 
 def with_hint(row: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 import pytest
 
 from hiplora.data.examples import DataSettings, Example, load_data, load_examples
-from hiplora.data.prompts import instruction_prompt, normal_number
+from hiplora.data.prompts import final_number, instruction_prompt, normal_number
 from hiplora.errors import DataError
 from hiplora.provenance import file_sha256
 from tests.tiny import write_jsonl
@@ -76,6 +76,11 @@ def test_a_template_that_does_not_fit_is_refused(tmp_path, row, template, said):
 )
 def test_a_number_has_one_plain_form(text, number):
     assert normal_number(text) == number
+
+
+@pytest.mark.parametrize(("answer", "number"), [("5 + 3 = 8", "8"), ("2 #### 7 apples", "7"), ("none", "none")])
+def test_the_result_of_an_answer_is_its_last_number_or_what_follows_the_mark(answer, number):
+    assert final_number({"answer": answer}) == number
 
 
 @pytest.fixture
