@@ -206,5 +206,5 @@ def test_bad_rows_are_counted_and_instructions_are_a_chat_where_the_model_has_a_
 def test_a_text_beside_a_rows_own_that_is_not_used_is_named(tmp_path, row):
     used = write_jsonl(tmp_path / "used.jsonl", [{**row, "id": "gsm-1", "level": 3, "copy": "Two of them."}])
     assert load_data(DataSettings(path=used)).notes == ()
-    unused = write_jsonl(tmp_path / "unused.jsonl", [{**row, "id": "gsm-1", "passage": "There are two of them."}])
-    assert load_data(DataSettings(path=unused)).notes == ("fields of the rows that are not used: passage",)
+    unused = write_jsonl(tmp_path / "unused.jsonl", [{**row, "id": "gsm-1", "background": "There are two of them."}])
+    assert load_data(DataSettings(path=unused)).notes == ("fields of the rows that are not used: background",)
