@@ -36,12 +36,6 @@ def only(pairs, weights=None):
     return view(row)
 
 
-def test_unrelated_updates_in_the_same_directions_score_a_half():
-    rotation, reflection = torch.tensor([[0.0, -1.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, -1.0]])
-    (pair,) = only([(torch.eye(2), rotation), (torch.eye(2), reflection)]).pairs
-    assert (pair.left.mean, pair.right.mean, pair.cosine, pair.score) == pytest.approx((1, 1, 0, 0.5))
-
-
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_an_update_of_zero_is_compared_with_nothing(weight):
     A, B = random_pair(6, 5, 2, 0)
