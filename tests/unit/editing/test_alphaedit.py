@@ -4,13 +4,7 @@ import pytest
 import torch
 
 from hiplora.editing import AlphaEdit, AlphaEditor, evaluate_edits
-from hiplora.editing.alphaedit import (
-    locate,
-    null_space,
-    null_space_update,
-    search_value,
-    subject_states,
-)
+from hiplora.editing.alphaedit import locate, null_space, null_space_update, search_value, subject_states
 from hiplora.editing.editors import default_layers
 from hiplora.errors import ConfigError, DataError, FactorError
 from hiplora.spectral import SecondMoment

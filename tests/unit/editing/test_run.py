@@ -13,7 +13,7 @@ import hiplora
 from hiplora.editing import AlphaEdit, CrispEdit, EditTraining, edit_groups, evaluate_edits, run_edits, train_edits
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.run_folder import RunFolder
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import left_as_it_was, tiny_llama, tiny_tokenizer
 from tests.unit.editing.samples import EDITS, QUESTIONS, writer
 
 TOKENIZER = tiny_tokenizer()
@@ -78,21 +78,6 @@ def run(method="lora", edits=EDITS, model=None, size=None, training=TRAINING, **
 
 def new_answers(stage):
     return stage["records"]["log_prob_new"]
-
-
-@contextlib.contextmanager
-def left_as_it_was(model):
-    """Check that a model has its own parameters, bit for bit, with their flags, after the block."""
-    parameters = {name: (p, p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
-    yield
-    assert {name for name, _ in model.named_parameters()} == set(parameters)
-    for name, p in model.named_parameters():
-        own, flag, values = parameters[name]
-        assert p is own
-        assert p.grad is None
-        assert p.requires_grad == flag
-        assert torch.equal(p, values)
-    assert not model.training
 
 
 @pytest.mark.parametrize("method", list(METHODS))
