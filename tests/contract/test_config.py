@@ -14,6 +14,7 @@ from hiplora.errors import AdapterError, ConfigError, FactorError
 from hiplora.spectral import FactorStore
 from hiplora.training.baselines.hiplora import HipLoraMethod
 from hiplora.tuner import HipLoraLinear, hip_layers
+from tests.commands import watch
 from tests.contract.conftest import logits, train
 from tests.models.zoo import CASE
 
@@ -147,16 +148,9 @@ def _refused(make=HipLoraConfig, **changes):
 
 def _tolerance_reaches_the_decomposition(tiny):
     with pytest.MonkeyPatch.context() as patch:
-        seen = []
-        original = FactorStore.get_or_compute
-
-        def spy(self, weight, k, tol, **options):
-            seen.append(tol)
-            return original(self, weight, k, tol, **options)
-
-        patch.setattr(FactorStore, "get_or_compute", spy)
+        calls = watch(patch, FactorStore, "get_or_compute")
         tiny.adapted(svd_tolerance=3e-5)
-    return set(seen) == {3e-5}
+    return {tolerance for _, _, _, tolerance in calls} == {3e-5}
 
 
 @pytest.mark.parametrize("field", EFFECTS)
