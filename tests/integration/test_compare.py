@@ -18,6 +18,7 @@ from hiplora.data.examples import load_data
 from hiplora.errors import ConfigError
 from hiplora.evaluation.drift import cut_windows
 from tests import reference
+from tests.commands import watch
 from tests.tiny import EOS, tiny_llama, tiny_tokenizer, write_jsonl
 
 ROWS = [{"prompt": f"{a} plus {b} is ", "completion": str(a + b)} for a in range(6) for b in range(5)]
@@ -152,15 +153,7 @@ def test_the_folder_holds_results_answers_a_page_and_adapters_and_is_not_touched
 
 def test_an_interrupted_comparison_goes_on_to_the_same_results(done, job, tmp_path, monkeypatch):
     model, data, settings = job
-    real, calls = module._train, []
-
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(module, "_train", interrupted)
+    calls = watch(monkeypatch, module, "_train", 2)
     with pytest.raises(KeyboardInterrupt):
         compare(model, data, tmp_path / "out", settings)
     assert not (tmp_path / "out" / "results.json").exists()
@@ -174,12 +167,8 @@ def test_a_comparison_of_one_model_by_name_is_not_carried_on_with_another(job, t
     model, data, settings = job
     shutil.copytree(model, tmp_path / "other")
     monkeypatch.setattr(module, "folder_identity", lambda model: None)  # as if both were names on the hub
-
-    def interrupted(*arguments):
-        raise RuntimeError("stopped")
-
-    monkeypatch.setattr(module, "_train", interrupted)
-    with pytest.raises(RuntimeError, match="stopped"):
+    watch(monkeypatch, module, "_train", 1)
+    with pytest.raises(KeyboardInterrupt):
         compare(model, data, tmp_path / "out", settings)
     with pytest.raises(ConfigError, match=rf"other settings \(model: {model} there, .*other here\)"):
         compare(str(tmp_path / "other"), data, tmp_path / "out", settings)

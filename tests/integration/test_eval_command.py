@@ -10,7 +10,7 @@ import pytest
 
 from hiplora.evaluation import engine
 from hiplora.evaluation.suite import TASKS
-from tests.commands import run
+from tests.commands import run, watch
 from tests.golden.make import DATA
 from tests.tiny import save_tiny, tiny_llama, write_jsonl
 
@@ -89,15 +89,7 @@ def test_all_models_are_compared_on_the_same_items_drawn_by_the_seed(score):
 
 
 def test_an_interrupted_evaluation_goes_on(score, tmp_path, monkeypatch):
-    inner, calls = engine.Engine.score, []
-
-    def fails_at_the_adapter(self, model, *args, **kwargs):
-        calls.append(type(model).__name__)
-        if len(calls) == 2:
-            raise RuntimeError("stopped")
-        return inner(self, model, *args, **kwargs)
-
-    monkeypatch.setattr(engine.Engine, "score", fails_at_the_adapter)
+    calls = watch(monkeypatch, engine.Engine, "score", 2, RuntimeError("stopped"))
     given = ("--suite", "lambada", "--adapter", "adapter")
     assert score(*given)[0] == 1
     assert score(*given)[0] == 0

@@ -11,7 +11,7 @@ import torch
 from hiplora.evaluation import BaseReference, measure_drift
 from hiplora.evaluation.answers import chat_prompt, continuations
 from hiplora.evaluation.mounting import load_model, mounted
-from tests.commands import run
+from tests.commands import succeed
 from tests.tiny import tiny_llama, write_jsonl
 
 ADAPTED = ("--adapter", "{adapter}")
@@ -28,13 +28,7 @@ def adapter(tmp_path):
 @pytest.fixture
 def command(tiny_model_dir, adapter, capsys):
     """Run a command on the model with the adapter; return what it said."""
-
-    def ran(name, *options):
-        code, said, err = run(capsys, name, tiny_model_dir, "--adapter", adapter, *options)
-        assert code == 0, err
-        return said
-
-    return ran
+    return lambda name, *options: succeed(capsys, name, tiny_model_dir, "--adapter", adapter, *options)
 
 
 def test_answers_are_those_of_each_model_with_the_differences_marked(tiny_model_dir, command, adapter):
@@ -100,6 +94,5 @@ EDITED = ("builtin", "--limit", 1, "--steps", 1, "--locality", 0, "--method", "l
 def test_the_last_line_is_the_next_command(tiny_model_dir, adapter, tmp_path, capsys, name, options, next_command):
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Why?", "completion": " So."}])
     places = {"model": tiny_model_dir, "adapter": adapter, "data": data, "out": tmp_path / "out"}
-    code, said, err = run(capsys, name, tiny_model_dir, *(str(option).format(**places) for option in options))
-    assert code == 0, err
+    said = succeed(capsys, name, tiny_model_dir, *(str(option).format(**places) for option in options))
     assert said.splitlines()[-1].partition("   (")[0] == f"next: hiplora {next_command.format(**places)}"

@@ -12,7 +12,7 @@ from hiplora.evaluation.mounting import holding
 from hiplora.models import load
 from hiplora.probing import correlation, directions_of, intervened
 from hiplora.probing import run as probe_run
-from tests.commands import run
+from tests.commands import quietly
 from tests.tiny import tiny_tokenizer
 from tests.unit.adapters.samples import base_model, save_tiny_gpt2
 
@@ -29,12 +29,11 @@ def prose(tmp_path, monkeypatch):
 
 
 def probed(capsys, model, out, prose, *arguments):
-    given = ("--text", prose, "--tokens", 60, "--directions", 3, *arguments)
-    code, said, err = run(capsys, "probe", model, "--out", out, *given, "--json")
-    assert (code, err) == (0, "")
-    shown, kept = json.loads(said), json.loads((out / "probe.json").read_text())
-    assert shown == {"out": str(out), **{key: value for key, value in kept.items() if key != "records"}}
-    return kept
+    options = ("--text", prose, "--tokens", 60, "--directions", 3, *arguments, "--json")
+    shown = json.loads(quietly(capsys, "probe", model, "--out", out, *options))
+    record = json.loads((out / "probe.json").read_text())
+    assert shown == {"out": str(out), **{key: value for key, value in record.items() if key != "records"}}
+    return record
 
 
 def test_every_direction_is_measured_under_every_intervention(tiny_model_dir, prose, tmp_path, capsys):

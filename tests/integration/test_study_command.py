@@ -55,14 +55,8 @@ def test_a_study_of_which_nothing_is_done_has_no_report(small, tmp_path, capsys)
 def test_a_report_replaces_a_report_and_no_other_folder_unasked(small, tmp_path, monkeypatch, capsys, options, said):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(PICO_DATA, "data")
-    for file in (
-        "report/mine",
-        "ours/records.jsonl.gz",
-        "data/ours/x",
-        "of-ours/report/records.jsonl.gz",
-        "artifacts/key",
-        "base/x",
-    ):
+    records = ("ours/records.jsonl.gz", "of-ours/report/records.jsonl.gz")
+    for file in ("report/mine", "data/ours/x", "artifacts/key", "base/x", *records):
         write_atomic(file, "")
     before = sorted(tmp_path.rglob("*"))
     code, _, err = run(capsys, "study", "report", small, "--out", ".", "--data", "data", *options)
