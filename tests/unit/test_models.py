@@ -33,7 +33,7 @@ from hiplora.models import (
 )
 from hiplora.provenance import file_sha256
 from tests.models.zoo import CASE
-from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, save_with_tokenizer
 
 GGUF = b"GGUF and then some weights" * 100
 
@@ -223,8 +223,7 @@ OTHER_KINDS = ["T5", "BART", "BERT", "DistilBERT", "Llama classifier", "BERT cla
 def test_a_model_of_another_kind_is_refused_by_what_it_is_also_where_it_could_be_made_causal(name, tmp_path):
     model = CASE[name].make()
     model.config.tie_word_embeddings = True  # so that a head is no weight that is missing
-    for part in (model, tiny_tokenizer()):
-        part.save_pretrained(tmp_path)
+    save_with_tokenizer(model, tmp_path)
     for read in (load, skeleton):
         with pytest.raises(ConfigError, match=rf"is no causal language model \({type(model).__name__}\)"):
             read(str(tmp_path))
@@ -238,8 +237,7 @@ def test_an_encoder_with_a_language_models_head_is_refused_by_what_it_does(kind,
     sizes |= {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 64} if kind == "xlnet" else {}
     config = AutoConfig.for_model(kind, vocab_size=300, pad_token_id=0, is_decoder=not ahead, **sizes)
     model = AutoModelForCausalLM.from_config(config)
-    for part in (model, tiny_tokenizer()):
-        part.save_pretrained(tmp_path)
+    save_with_tokenizer(model, tmp_path)
     with pytest.raises(ConfigError, match=type(model).__name__) if ahead else contextlib.nullcontext():
         load(str(tmp_path))
 
@@ -252,8 +250,7 @@ def test_an_adapter_that_is_named_as_a_model_is_called_one(tmp_path):
 
 def test_a_model_that_sees_pictures_too_is_loaded_as_what_it_is(tmp_path):
     model = CASE["LLaVA"].make()
-    for part in (model, tiny_tokenizer()):
-        part.save_pretrained(tmp_path)
+    save_with_tokenizer(model, tmp_path)
     assert {type(load(str(tmp_path))[0]), type(skeleton(str(tmp_path)))} == {type(model)}
 
 

@@ -3,14 +3,13 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GptOssConfig, GptOssForCausalLM
 
 from hiplora import HipLoraConfig
 from hiplora.errors import AdapterError, DataError
 from hiplora.evaluation import BaseReference, measure_drift
 from hiplora.evaluation.drift import cut_windows
 from tests.reference import drift as reference_drift
-from tests.tiny import VOCABULARY, tiny_llama, tiny_tokenizer
+from tests.tiny import tiny_llama, tiny_mixture, tiny_tokenizer
 
 TEXTS = {
     "prose": "It was a bright cold day in April, and nobody minded. " * 4,
@@ -73,9 +72,7 @@ def test_an_adapter_that_changes_nothing_and_a_changed_base_are_refused():
 
 
 def test_experts_that_run_one_by_one_and_so_round_otherwise_are_no_drift_but_another_base_is():
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
-    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 48, "hidden_size": 32}
-    model = GptOssForCausalLM(GptOssConfig(vocab_size=VOCABULARY, **heads, **experts)).eval()
+    model = tiny_mixture("gpt_oss")
     reference = build(model)
     config = {"r": 4, "preset": "paper", "principal_rank": 8, "target_modules": ["down_proj"]}
     peft = adapted(model, HipLoraConfig(**config))

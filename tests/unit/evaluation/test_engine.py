@@ -21,6 +21,7 @@ from hiplora.evaluation.engine import ANSWER, GOLD, TEXT, Engine, ScoringLM
 from hiplora.evaluation.evaluate import EvalSettings
 from hiplora.evaluation.likelihood import encode, score_responses
 from hiplora.evaluation.suite import read_suite
+from tests.commands import watch
 from tests.reference import answer_log_prob
 from tests.tiny import VOCABULARY, tiny_llama, tiny_tokenizer, write_jsonl
 
@@ -63,14 +64,13 @@ def test_every_architecture_scores_short_and_long_rows_as_lm_eval_does_and_as_al
 def test_batches_of_long_rows_are_split_and_the_order_is_kept(monkeypatch):
     ours = ScoringLM(tiny_llama(), tiny_tokenizer(), batch_size=3)
     monkeypatch.setattr(module, "LOGITS_BYTES", 4 * ours.vocab_size * 200)  # one or two rows at a time
-    sizes, call = [], ours._model_call
-    monkeypatch.setattr(ours, "_model_call", lambda rows: sizes.append(tuple(rows.shape)) or call(rows))
+    calls = watch(monkeypatch, ours, "_model_call")
     found = ours.loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)
     assert [total for total, _ in found] == pytest.approx(
         [answer_log_prob(ours.model, tiny_tokenizer(), *pair) for pair in PAIRS], abs=1e-3
     )
-    assert all(rows == 1 or rows * length <= 200 for rows, length in sizes)
-    assert max(rows for rows, _ in sizes) == 3
+    assert all(len(rows) == 1 or rows.numel() <= 200 for (rows,) in calls)
+    assert max(len(rows) for (rows,) in calls) == 3
     assert ours.batch_size == 3
 
 

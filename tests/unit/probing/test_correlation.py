@@ -29,15 +29,9 @@ def test_estimates_and_p_values_are_scipys_and_intervals_agree_with_its_bootstra
     own, scipys = correlate(x, y, seed=1)[name], getattr(stats, f"{name}r")
     expected = scipys(x, y)
     assert (own["estimate"], own["p_value"]) == pytest.approx((expected.statistic, expected.pvalue))
-    other = stats.bootstrap(
-        (x, y),
-        lambda x, y: scipys(x, y).statistic,
-        paired=True,
-        vectorized=False,
-        method="percentile",
-        n_resamples=2000,
-        rng=np.random.default_rng(0),
-    ).confidence_interval
+    how = {"paired": True, "vectorized": False, "method": "percentile", "n_resamples": 2000}
+    drawn = stats.bootstrap((x, y), lambda x, y: scipys(x, y).statistic, **how, rng=np.random.default_rng(0))
+    other = drawn.confidence_interval
     assert (own["low"], own["high"]) == pytest.approx((other.low, other.high), abs=0.04)
     assert own["low"] < own["estimate"] < own["high"]
     assert correlate(x, y, seed=1)[name] == own != correlate(x, y, seed=2)[name]
@@ -46,14 +40,9 @@ def test_estimates_and_p_values_are_scipys_and_intervals_agree_with_its_bootstra
 def test_the_rank_p_value_of_few_points_is_that_of_all_pairings_ties_included():
     x, y = (values.round(0) for values in cloud(6, seed=5))
     y[0] += 0.5
-    expected = stats.permutation_test(
-        (x,),
-        lambda x: abs(stats.spearmanr(x, y).statistic),
-        permutation_type="pairings",
-        n_resamples=np.inf,
-        alternative="greater",
-    ).pvalue
-    assert correlate(x, y)["spearman"]["p_value"] == pytest.approx(expected)
+    all_pairings = {"permutation_type": "pairings", "n_resamples": np.inf, "alternative": "greater"}
+    expected = stats.permutation_test((x,), lambda x: abs(stats.spearmanr(x, y).statistic), **all_pairings)
+    assert correlate(x, y)["spearman"]["p_value"] == pytest.approx(expected.pvalue)
     for points in (8, 9):  # a perfect order: one pairing and its reverse
         x = np.arange(float(points))
         assert correlate(x, np.exp(x))["spearman"]["p_value"] == pytest.approx(2 / math.factorial(points))
@@ -69,10 +58,7 @@ def test_the_rank_p_value_of_few_points_is_that_of_all_pairings_ties_included():
 )
 def test_a_correlation_that_is_not_defined_is_none_with_a_reason(x, y, said):
     for name in BOTH:
-        assert correlate(x, y)[name] == {
-            **dict.fromkeys(("estimate", "p_value", "low", "high")),
-            "reason": said,
-        }
+        assert correlate(x, y)[name] == {**dict.fromkeys(("estimate", "p_value", "low", "high")), "reason": said}
 
 
 def test_samples_of_one_value_are_passed_over_and_give_no_interval_if_they_are_most():

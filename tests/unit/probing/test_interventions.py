@@ -6,14 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import ConfigError
-from hiplora.probing import (
-    choose_directions,
-    directions_of,
-    find_modules,
-    intervened,
-    intervention_factor,
-    probe,
-)
+from hiplora.probing import choose_directions, directions_of, find_modules, intervened, intervention_factor, probe
 from hiplora.spectral import SecondMoment
 from tests.tiny import tiny_llama
 
