@@ -16,7 +16,7 @@ from hiplora.tuner import CalibrationStore, input_bases, moments, sampled_rows, 
 from hiplora.tuner.moments import score
 from hiplora.tuner.sampling import conversation_scripts, sample_rows
 from tests.commands import succeed, watch
-from tests.contract.conftest import logits, train
+from tests.contract.conftest import logits
 from tests.tiny import left_as_it_was, tiny_llama, tiny_tokenizer
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -165,8 +165,7 @@ def test_the_model_is_left_as_it_was(tiny, tmp_path):
 
 
 def test_other_adapters_are_off_while_the_base_is_measured(tiny, ids, tmp_path):
-    adapted = tiny.adapted(init_weights=False)
-    train(adapted, ids)
+    adapted = tiny.trained(ids, init_weights=False)
     before = logits(adapted, ids)
     found = hiplora.calibrate(adapted.base_model.model, config(), rows=rows(), store=CalibrationStore(tmp_path))
     assert torch.equal(logits(adapted, ids), before)

@@ -32,8 +32,7 @@ def layer(model, name=Q0):
 
 def trained_state(tiny, ids, **changes):
     torch.manual_seed(0)
-    model = tiny.adapted(**{"init_weights": False, **changes})
-    train(model, ids)
+    model = tiny.trained(ids, **{"init_weights": False, **changes})
     return {n: p.detach() for n, p in model.named_parameters() if "hiplora_" in n}
 
 
@@ -326,8 +325,7 @@ def chosen_ranks(model):
 @pytest.mark.parametrize("basis", ["weight", "activation"])
 @pytest.mark.parametrize("spec", [0.25, "energy:0.8"])
 def test_an_adapter_with_ranks_of_the_layers_own_survives_saving_and_export(tiny, ids, tmp_path, basis, spec):
-    model = tiny.adapted(basis=basis, principal_rank=spec)
-    train(model, ids)
+    model = tiny.trained(ids, basis=basis, principal_rank=spec)
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(tiny.make(), tmp_path / "adapter").eval()
     assert chosen_ranks(again) == chosen_ranks(model) == again.peft_config["default"].principal_ranks
