@@ -79,33 +79,27 @@ def test_how_often_the_interval_of_a_difference_holds_its_true_value(seeds, devi
     assert low <= held / 300 <= high
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({}, "instances per seed are none"),
-        ({"a": []}, r"instances per seed are \{'a': \[\]\}"),
-        ({"a": [[]]}, r"values\['a'\]\[0\]: has shape \(0,\); expected 1 axes of numbers, not empty"),
-        ({"a": [[1.0, 2.0]], "b": [[1.0]]}, r"instances per seed are \{'a': \[2\], 'b': \[1\]\}; expected the same"),
-        ({"a": [[1.0]], "b": [[float("nan")]]}, r"values\['b'\]\[0\]\[0\] is nan; expected a finite number"),
-    ],
-)
-def test_values_that_cannot_be_paired_are_named(values, message):
-    with pytest.raises(DataError, match=message):
-        paired_bootstrap(values)
+UNEQUAL = {"a": [[1.0, 2.0]], "b": [[1.0]]}
+NAN = {"a": [[1.0]], "b": [[float("nan")]]}
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("error", "call", "message"),
     [
-        (lambda: paired_bootstrap(RAGGED, replicates=0), "replicates is 0; expected a whole number of at least 1"),
-        (lambda: paired_bootstrap(RAGGED, level=1.0), r"level is 1.0; expected a share in \(0, 1\)"),
-        (lambda: merge_instances(POOL, [1], SEEDS, 5, 0), "size is 1; expected a whole number of at least 2"),
-        (lambda: merge_instances(POOL, [5], SEEDS, 5, 0), "size is 5, and the pool has 4 tasks; lower it"),
-        (lambda: merge_instances(POOL, [2], SEEDS, 5, -1), "seed is -1"),
+        (DataError, lambda: paired_bootstrap({}), "instances per seed are none"),
+        (DataError, lambda: paired_bootstrap({"a": []}), r"instances per seed are \{'a': \[\]\}"),
+        (DataError, lambda: paired_bootstrap({"a": [[]]}), r"values\['a'\]\[0\]: has shape \(0,\); .* not empty"),
+        (DataError, lambda: paired_bootstrap(UNEQUAL), r"\{'a': \[2\], 'b': \[1\]\}; expected the same"),
+        (DataError, lambda: paired_bootstrap(NAN), r"values\['b'\]\[0\]\[0\] is nan; expected a finite number"),
+        (ConfigError, lambda: paired_bootstrap(RAGGED, replicates=0), "replicates is 0; .* number of at least 1"),
+        (ConfigError, lambda: paired_bootstrap(RAGGED, level=1.0), r"level is 1.0; expected a share in \(0, 1\)"),
+        (ConfigError, lambda: merge_instances(POOL, [1], SEEDS, 5, 0), "size is 1; .* whole number of at least 2"),
+        (ConfigError, lambda: merge_instances(POOL, [5], SEEDS, 5, 0), "size is 5, and the pool has 4 tasks; lower"),
+        (ConfigError, lambda: merge_instances(POOL, [2], SEEDS, 5, -1), "seed is -1"),
     ],
 )
-def test_options_out_of_range_are_refused(call, message):
-    with pytest.raises(ConfigError, match=message):
+def test_values_that_cannot_be_paired_and_options_out_of_range_are_named(error, call, message):
+    with pytest.raises(error, match=message):
         call()
 
 
