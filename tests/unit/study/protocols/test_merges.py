@@ -4,7 +4,7 @@ import pytest
 
 from hiplora.metrics import merge_fail as merge_fail_share
 from hiplora.metrics import pass_at_k
-from tests.unit.study.protocols.made import fill, made_study, row, scored, table
+from tests.unit.study.protocols.by_hand import fill, row, scored, study_of, table
 
 CODE = (
     "domains={sums: {title: Sums, train: {path: gsm8k_train.jsonl, held_out_fraction: 0.1}, tasks: {gsm8k: 2}}, "
@@ -23,7 +23,7 @@ AFTER = {
 
 @pytest.fixture
 def findings(tmp_path):
-    study, _ = made_study(tmp_path, MERGING, *CODE)
+    study, _ = study_of(tmp_path, MERGING, *CODE)
 
     def of(job, at):
         alone = {"sums": ([60, 80], [0, 0]), "code": ([0, 0], [100, 0])}
@@ -72,7 +72,7 @@ MERGES = {
 
 
 def test_a_merge_fails_if_any_of_its_tasks_falls_below_the_threshold(tmp_path):
-    study, _ = made_study(tmp_path, FAIL)
+    study, _ = study_of(tmp_path, FAIL)
     settings = study.recipe.protocols.merge_fail
     tasks, drawn = {"sums": "gsm8k", "facts": "mmlu"}, settings.drawn(study)
 
