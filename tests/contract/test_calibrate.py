@@ -49,26 +49,26 @@ def test_v_spans_what_the_layer_is_fed(tiny, tmp_path):
     handle = model.get_submodule(Q).register_forward_pre_hook(lambda _, x: seen.append(x[0].detach()))
     model(input_ids=rows())
     handle.remove()
-    found = calibrated(model, tmp_path).factors[Q]
+    factors = calibrated(model, tmp_path).factors[Q]
     x = seen[0].reshape(-1, 64).double()
     top = torch.linalg.eigh(x.T @ x / len(x)).eigenvectors.flip(1)[:, :8]
-    torch.testing.assert_close(found.V.double() @ found.V.double().T, top @ top.T, rtol=0, atol=1e-5)
+    torch.testing.assert_close(factors.V.double() @ factors.V.double().T, top @ top.T, rtol=0, atol=1e-5)
 
 
 def test_u_spans_the_outputs_that_the_predictions_depend_on(tiny, tmp_path, monkeypatch):
     """Against gradients taken one row at a time, of the same draws of next tokens."""
     drawn = []
     monkeypatch.setattr(moments, "score", lambda *a: drawn.append(score(*a)) or drawn[-1])
-    found = calibrated(tiny.make(), tmp_path).factors[Q]
+    factors = calibrated(tiny.make(), tmp_path).factors[Q]
     model, total = tiny.make(), torch.zeros(64, 64, dtype=torch.float64)
-    kept = []
-    model.get_submodule(Q).register_forward_hook(lambda _, __, y: kept.append(y))
+    outputs = []
+    model.get_submodule(Q).register_forward_hook(lambda _, __, y: outputs.append(y))
     for row, scores in zip(rows(), drawn, strict=True):
         logits = model(input_ids=row[None]).logits
-        (g,) = torch.autograd.grad((logits[0] * scores).sum(), kept[-1])
+        (g,) = torch.autograd.grad((logits[0] * scores).sum(), outputs[-1])
         total += g[0].double().T @ g[0].double()
     top = torch.linalg.eigh(total).eigenvectors.flip(1)[:, :8]
-    torch.testing.assert_close(found.U.double() @ found.U.double().T, top @ top.T, rtol=0, atol=1e-4)
+    torch.testing.assert_close(factors.U.double() @ factors.U.double().T, top @ top.T, rtol=0, atol=1e-4)
 
 
 def test_the_draws_follow_the_models_own_distribution():
@@ -113,8 +113,8 @@ def test_what_cannot_be_differentiated_is_told_the_way_out(tiny):
     with pytest.raises(ConfigError, match=r"LlamaModel gives no logits.*basis_sides='input'"):
         hiplora.calibrate(backbone, config(), lambda: backbone(input_ids=rows()))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*model.modules(), *backbone.modules()))
-    found = hiplora.calibrate(backbone, config(basis_sides="input"), lambda: backbone(input_ids=rows()))
-    assert len(found.factors) == 8
+    calibration = hiplora.calibrate(backbone, config(basis_sides="input"), lambda: backbone(input_ids=rows()))
+    assert len(calibration.factors) == 8
 
 
 def test_a_model_of_another_library_that_writes_no_text_is_told_the_way_out():
@@ -167,11 +167,11 @@ def test_the_model_is_left_as_it_was(tiny, tmp_path):
 def test_other_adapters_are_off_while_the_base_is_measured(tiny, ids, tmp_path):
     adapted = tiny.trained(ids, init_weights=False)
     before = logits(adapted, ids)
-    found = hiplora.calibrate(adapted.base_model.model, config(), rows=rows(), store=CalibrationStore(tmp_path))
+    calibration = hiplora.calibrate(adapted.base_model.model, config(), rows=rows(), store=CalibrationStore(tmp_path))
     assert torch.equal(logits(adapted, ids), before)
     assert list(adapted.peft_config) == ["default"]
     assert adapted.peft_config["default"].basis == "weight"
-    assert_equal_factors(found, calibrated(tiny.make(), tmp_path / "bare"), 1e-6)
+    assert_equal_factors(calibration, calibrated(tiny.make(), tmp_path / "bare"), 1e-6)
 
 
 def test_get_peft_model_calibrates_by_itself_once(tiny, ids, monkeypatch):
@@ -216,8 +216,8 @@ def test_sampling_follows_the_models_own_distribution(tiny):
         for token in many[:, 1].unique():
             logit = model(input_ids=torch.tensor([[256, token]])).logits[0, -1, :256]
             expected += logit.softmax(-1) * (many[:, 1] == token).sum() / len(many)
-    found = torch.bincount(many[:, 2], minlength=256)[:256] / len(many)
-    assert (found - expected).abs().sum() < 0.25
+    frequencies = torch.bincount(many[:, 2], minlength=256)[:256] / len(many)
+    assert (frequencies - expected).abs().sum() < 0.25
 
 
 @pytest.mark.parametrize(("template", "opening", "reply"), [(True, "[user]\n", "[assistant]\n"), (False, "Q", "\nA")])

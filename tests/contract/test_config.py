@@ -230,8 +230,8 @@ def test_contradictions_are_refused(fields, message):
     ],
 )
 def test_an_option_of_the_gains_brings_them(read, fields, gains):
-    given = {"name": "hiplora", **fields} if read is HipLoraMethod else fields
-    assert read(**given).principal_channel is gains
+    options = {"name": "hiplora", **fields} if read is HipLoraMethod else fields
+    assert read(**options).principal_channel is gains
 
 
 def test_a_weight_that_cannot_be_factored_is_refused_by_name_and_leaves_the_model_alone(tiny, ids):
@@ -263,8 +263,8 @@ def test_a_layer_in_which_nothing_could_learn_is_refused(tiny, k):
 
 
 def test_a_rank_above_what_the_protected_directions_leave_is_warned_of_once(tiny):
-    found = r"r 40 is above the 32 directions that principal_rank 32 leaves \(and so in 1 more\)"
-    with pytest.warns(UserWarning, match=found) as said:
+    warning = r"r 40 is above the 32 directions that principal_rank 32 leaves \(and so in 1 more\)"
+    with pytest.warns(UserWarning, match=warning) as said:
         tiny.adapted(r=40, principal_rank=32, target_modules=["q_proj"], principal_channel=False)
     assert sum("is above the" in str(one.message) for one in said) == 1
 

@@ -35,12 +35,7 @@ def test_leak_and_merge_are_exact_under_autocast_and_a_cast_model_unmerges_in_it
 
 
 def test_gains_that_a_checkpoint_brings_raise_no_alarm(tiny, ids):
-    model, trained = (
-        tiny.trained(
-            ids,
-        ),
-        tiny.adapted(),
-    )
+    model, trained = (tiny.trained(ids), tiny.adapted())
     model.train()(ids, labels=ids).loss.backward()
     model.load_state_dict(trained.state_dict())
     torch.testing.assert_close(logits(model, ids), logits(trained, ids))

@@ -84,8 +84,8 @@ def test_a_page_shows_every_edit_what_the_model_writes_and_what_else_moved(
 ):
     rows = [{"prompt": f"Box {n} is", "new": f"blue<{n}>", "old": "red"} for n in range(3)]
     rows[1]["paraphrase"] = "The second box is"
-    given = ("--method", "lora", "--mode", mode, *options, "--locality", locality, *FAST)
-    said, record, left = edit(write_jsonl(tmp_path / "rows.jsonl", rows), *given)
+    command = ("--method", "lora", "--mode", mode, *options, "--locality", locality, *FAST)
+    said, record, left = edit(write_jsonl(tmp_path / "rows.jsonl", rows), *command)
     assert left == set(record["adapters"]) == adapters
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
     assert record["verdict"] in page
@@ -101,7 +101,7 @@ def test_the_verdict_says_whether_edits_work_and_what_else_moved():
     after = {"all": {"success": 75.0, "paraphrase_success": 50.0, "neighbours_kept": 90.0}}
     summary = {"before": before, "after": after}
     moved = {"questions": 20, "unchanged": 95.0, "accuracy_before": 60.0, "accuracy": 55.0}
-    said = [verdict({"edits": 4, "summary": {**summary, "locality": found}}) for found in (None, moved)]
+    said = [verdict({"edits": 4, "summary": {**summary, "locality": locality}}) for locality in (None, moved)]
     assert [re.findall(r"\d+", text) for text in said] == [
         ["75", "4", "25", "50", "90", "80", "0"],
         ["75", "4", "25", "50", "90", "80", "20", "95", "60", "55"],

@@ -36,9 +36,9 @@ def test_a_dense_rule_writes_a_model_and_says_how_it_was_made(adapters, tmp_path
     how = ["--method", "dare", "--weights", " 1, 0.5 ,2", "--set", "density=0.4"]
     record = merged(capsys, *parts, "--out", tmp_path / "out", *how)
     written = json.loads((tmp_path / "out" / "export.json").read_text())["merge"]
-    for found in (record, written):
-        assert (found["method"], found["weights"]) == ("dare", [1.0, 0.5, 2.0])
-        assert found["options"] == RULES["dare"].defaults | {"density": 0.4}
+    for merge_record in (record, written):
+        assert (merge_record["method"], merge_record["weights"]) == ("dare", [1.0, 0.5, 2.0])
+        assert merge_record["options"] == RULES["dare"].defaults | {"density": 0.4}
     assert record["export"]["to"] == "dense"
     expected = merge(parts, "dare", (1, 0.5, 2), options={"density": 0.4})
     before, after = base_model(adapters.base), base_model(tmp_path / "out")
@@ -74,9 +74,9 @@ def test_an_adapter_merged_with_itself_breaks_nothing_new_and_one_alone_is_not_c
     assert drift_of_merge({name: update}, [1.0], update)["verdict"].endswith("of its top tokens change).")
     for times in (2, 3):
         same = {str(number): read_update(adapters[name]).scaled(scale) for number in range(times)}
-        found = drift_of_merge(same, [1.0] * times, merge(list(same.values())))
-        assert verdict in found["verdict"]
-        assert ("no more than rounding" in found["verdict"]) == (scale < 0.01)
+        drift = drift_of_merge(same, [1.0] * times, merge(list(same.values())))
+        assert verdict in drift["verdict"]
+        assert ("no more than rounding" in drift["verdict"]) == (scale < 0.01)
     larger = merge(list(same.values())).scaled(1 / scale)
     assert "breaks what none" in drift_of_merge(same, [1.0] * times, larger)["verdict"]
 

@@ -53,7 +53,7 @@ def test_the_record_holds_the_drift_of_adapter_and_result_and_the_cost(adapters,
 
 def test_everything_taken_away_is_the_base_model(adapters, files, tiny_model_dir, capsys):
     record = protected(capsys, files, adapters["one"], rank=64)
-    assert {found["kl"] for found in record["drift"]["after"].values()} == {0.0}
+    assert {drift["kl"] for drift in record["drift"]["after"].values()} == {0.0}
     assert any("the result is the base model" in note for note in record["notes"])
     model = PeftModel.from_pretrained(base_model(tiny_model_dir), files / "out").eval()
     assert torch.equal(logits(model), logits(base_model(tiny_model_dir)))

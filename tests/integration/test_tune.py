@@ -80,11 +80,11 @@ def test_a_point_over_the_limit_or_worse_than_the_base_is_not_taken(where):
 
 def test_the_command_ends_with_what_comes_next_and_that_works(job, tmp_path, capsys):
     model, data, text = job
-    given = ["tune", data, "--model", model, "--drift-text", text, "--rates", "2e-2", "--steps", "4"]
-    said = succeed(capsys, *given, "--max-drift", "100", "--out", tmp_path / "out")
+    command = ["tune", data, "--model", model, "--drift-text", text, "--rates", "2e-2", "--steps", "4"]
+    said = succeed(capsys, *command, "--max-drift", "100", "--out", tmp_path / "out")
     last = said.splitlines()[-1].removeprefix("next: hiplora ").partition("   (")[0]
     succeed(capsys, *shlex.split(last))
-    assert "allow more drift" in succeed(capsys, *given, "--max-drift", "1e-12", "--out", tmp_path / "none")
+    assert "allow more drift" in succeed(capsys, *command, "--max-drift", "1e-12", "--out", tmp_path / "none")
     assert not (tmp_path / "none/recipe.yaml").exists()
 
 

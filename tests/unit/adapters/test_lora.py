@@ -48,8 +48,8 @@ def config_of(folder):
 @pytest.mark.slow
 def test_stock_peft_in_a_process_without_hiplora_gives_the_same_logits(adapters, tmp_path):
     save_as_lora(adapters["one"], tmp_path / "out")
-    found = logits_of_stock_process(adapters.base, tmp_path / "out", tmp_path)
-    assert_same_logits(found, logits(adapters.models["one"]), logits(base_model(adapters.base)))
+    stock = logits_of_stock_process(adapters.base, tmp_path / "out", tmp_path)
+    assert_same_logits(stock, logits(adapters.models["one"]), logits(base_model(adapters.base)))
 
 
 def test_the_folder_is_a_stock_adapter_of_rank_r_plus_k_and_scaling_one(adapters, tmp_path):

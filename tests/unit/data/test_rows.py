@@ -63,18 +63,18 @@ TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes
     ],
 )
 def test_sharegpt_and_conversational_prompts_become_messages(row, learn_from):
-    given = "prompt_completion" if learn_from else "auto"
-    format, ((_, made),) = check_rows([("row 1", row)], given, "rows")
-    assert (format, made["messages"], made.get("learn_from")) == ("messages", TALK, learn_from)
+    asked = "prompt_completion" if learn_from else "auto"
+    format, ((_, checked),) = check_rows([("row 1", row)], asked, "rows")
+    assert (format, checked["messages"], checked.get("learn_from")) == ("messages", TALK, learn_from)
 
 
 def test_a_system_message_and_tools_that_stand_apart_are_read():
     talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]
     rows = [{"conversations": talk, "system": "Be brief.", "tools": '[{"name": "look"}]'}]
     rows.append({"prompt": TALK[:1], "completion": TALK[1:], "system": "Be brief."})
-    _, ((_, made), (_, learned)) = check_rows([("row 1", row) for row in rows], "auto", "rows")
-    assert made["messages"] == learned["messages"] == [{"role": "system", "content": "Be brief."}, *TALK]
-    assert (made["tools"], learned["learn_from"]) == ([{"name": "look"}], 2)
+    _, ((_, whole), (_, learned)) = check_rows([("row 1", row) for row in rows], "auto", "rows")
+    assert whole["messages"] == learned["messages"] == [{"role": "system", "content": "Be brief."}, *TALK]
+    assert (whole["tools"], learned["learn_from"]) == ([{"name": "look"}], 2)
 
 
 def test_rows_with_a_system_message_or_a_history_beside_them_are_conversations():
@@ -83,8 +83,8 @@ def test_rows_with_a_system_message_or_a_history_beside_them_are_conversations()
         {"instruction": "And 4?", "input": "", "output": "5", "history": [], "system": "Be brief."},
         {"instruction": "And 5?", "output": "6"},
     ]
-    format, made = check_rows([(f"row {n}", row) for n, row in enumerate(rows)], "auto", "rows")
-    said = [[(message["role"], message["content"]) for message in row["messages"]] for _, row in made]
+    format, checked = check_rows([(f"row {n}", row) for n, row in enumerate(rows)], "auto", "rows")
+    said = [[(message["role"], message["content"]) for message in row["messages"]] for _, row in checked]
     assert format == "messages"
     assert said[0] == [("user", "Hi"), ("assistant", "Yes?"), ("user", "Add 1.\n\n2"), ("assistant", "3")]
     assert said[1:] == [
@@ -93,7 +93,7 @@ def test_rows_with_a_system_message_or_a_history_beside_them_are_conversations()
     ]
     assert check_rows([("row 1", {**rows[2], "history": []})], "auto", "rows")[0] == "alpaca"
     _, ((_, held_out),) = check_rows([("row 1", rows[2])], format, "rows")  # other rows of the data have a history
-    assert held_out["messages"] == made[2][1]["messages"]
+    assert held_out["messages"] == checked[2][1]["messages"]
 
 
 @pytest.mark.parametrize(
@@ -106,16 +106,16 @@ def test_rows_with_a_system_message_or_a_history_beside_them_are_conversations()
     ],
 )
 def test_fields_of_popular_data_sets_are_known(row, format, text):
-    found, made = check_rows([("row 1", row)], "auto", "rows")
-    (example,) = as_examples(found, made)
-    assert found == format
+    recognised, checked = check_rows([("row 1", row)], "auto", "rows")
+    (example,) = as_examples(recognised, checked)
+    assert recognised == format
     assert example.whole.endswith(text)
 
 
 def test_tool_calls_are_objects_and_have_what_their_own_row_says_in_tables_too(tmp_path):
     from pyarrow import Table, parquet
 
-    calls = [{"function": {"name": name, "arguments": given}} for name, given in (("tide", {"day": 1}), ("moon", {}))]
+    calls = [{"function": {"name": "tide", "arguments": {"day": 1}}}, {"function": {"name": "moon", "arguments": {}}}]
     text = [{"function": {"name": "tide", "arguments": '{"day": 1}'}}]
     talks = [[TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}] for call in calls]
     parquet.write_table(Table.from_pylist([{"messages": talk} for talk in talks]), tmp_path / "rows.parquet")
@@ -123,8 +123,8 @@ def test_tool_calls_are_objects_and_have_what_their_own_row_says_in_tables_too(t
     assert (tide["messages"], moon["messages"][1]["tool_calls"][0]["function"]["name"]) == (talks[0], "moon")
     assert "day" not in str(moon)
     row = {"messages": [{**TALK[0], "tool_calls": None}, {"role": "assistant", "content": "", "tool_calls": text}]}
-    _, ((_, made),) = check_rows([("row 1", row)], "auto", "rows")
-    assert made["messages"] == talks[0]
+    _, ((_, checked),) = check_rows([("row 1", row)], "auto", "rows")
+    assert checked["messages"] == talks[0]
 
 
 GOOD = {

@@ -50,8 +50,8 @@ def test_the_built_in_set_has_a_thousand_sound_edits_with_every_category_in_any_
 
 
 def test_the_committed_files_are_what_the_generator_makes_of_the_facts():
-    made = make_edit_set.lines(make_edit_set.edits()), make_edit_set.lines(make_edit_set.questions())
-    assert made == tuple(path.read_text(encoding="utf-8") for path in (make_edit_set.EDITS, make_edit_set.QUESTIONS))
+    lines = make_edit_set.lines(make_edit_set.edits()), make_edit_set.lines(make_edit_set.questions())
+    assert lines == tuple(path.read_text(encoding="utf-8") for path in (make_edit_set.EDITS, make_edit_set.QUESTIONS))
 
 
 def test_a_file_of_edits_is_read_in_the_order_of_its_sets_and_a_prompt_and_a_new_answer_are_enough(edits):

@@ -17,10 +17,10 @@ TOKENIZER = tiny_tokenizer()
 def test_likelihoods_equal_the_token_by_token_ones_and_the_greedy_text_has_room_for_every_answer(paraphrase):
     model = writer()
     edits = [EDITS[0], replace(EDITS[1], new="eight", prompt="One and one and one make")]
-    found = evaluate_edits(model, TOKENIZER, edits, paraphrase=paraphrase)
+    records = evaluate_edits(model, TOKENIZER, edits, paraphrase=paraphrase)
     prompts = [edit.paraphrase if paraphrase else edit.prompt for edit in edits]
-    assert found["written"].tolist() == continuations(model, TOKENIZER, prompts, 9)  # " eight", and 3 more
-    for edit, prompt, row in zip(edits, prompts, found.itertuples(), strict=True):
+    assert records["written"].tolist() == continuations(model, TOKENIZER, prompts, 9)  # " eight", and 3 more
+    for edit, prompt, row in zip(edits, prompts, records.itertuples(), strict=True):
         new, old = (answer_log_prob(model, TOKENIZER, prompt, f" {answer}") for answer in (edit.new, edit.old))
         assert (row.log_prob_new, row.log_prob_old) == pytest.approx((new, old), abs=1e-4)
         assert (row.preferred, row.success) == (new > old, new > old or row.exact)
@@ -44,11 +44,11 @@ def test_neighbours_are_kept_if_their_answer_is_likelier_than_the_new_one_and_sh
     assert records["index"].tolist() == [4, 7]
     assert records["neighbours_kept"].tolist() == [[], [int(true > wrong)]]
     records["preferred"] = [1, 0]
-    found = measure.summarise(records)
-    assert list(found) == ["all", EDITS[0].category, EDITS[1].category]
-    assert [found[name]["preferred"] for name in found] == [50, 100, 0]
-    assert found["all"]["neighbours_kept"] == 100 * (true > wrong)
-    assert "neighbours_kept" not in found[EDITS[0].category]
+    summary = measure.summarise(records)
+    assert list(summary) == ["all", EDITS[0].category, EDITS[1].category]
+    assert [summary[name]["preferred"] for name in summary] == [50, 100, 0]
+    assert summary["all"]["neighbours_kept"] == 100 * (true > wrong)
+    assert "neighbours_kept" not in summary[EDITS[0].category]
 
 
 def test_the_bare_base_shows_no_change_elsewhere():

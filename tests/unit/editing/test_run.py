@@ -122,13 +122,13 @@ def test_groups_apart_do_not_know_of_each_other_and_those_of_a_sequence_do(metho
     assert apart["summary"]["after"]["all"]["edits"] == 6
     (alone,) = run(method, edits=EDITS[2:4])["stages"]
     assert new_answers(apart["stages"][1]) == pytest.approx(new_answers(alone), abs=1e-4)
-    told = run(method, size=2, sequential=True, questions=QUESTIONS)
-    _, second, third = told["stages"]
-    assert [stage["taught"] for stage in told["stages"]] == [[0, 1], [2, 3], [4, 5]]
-    assert [len(stage["records"]["index"]) for stage in told["stages"]] == [2, 4, 6]
+    sequence = run(method, size=2, sequential=True, questions=QUESTIONS)
+    _, second, third = sequence["stages"]
+    assert [stage["taught"] for stage in sequence["stages"]] == [[0, 1], [2, 3], [4, 5]]
+    assert [len(stage["records"]["index"]) for stage in sequence["stages"]] == [2, 4, 6]
     assert (third["newest"]["all"]["edits"], third["so_far"]["all"]["edits"]) == (2, 6)
-    assert third["locality"] == told["summary"]["locality"]
-    assert len(told["questions"]["log_prob"]) == len(told["questions"]["written_before"]) == len(QUESTIONS)
+    assert third["locality"] == sequence["summary"]["locality"]
+    assert len(sequence["questions"]["log_prob"]) == len(sequence["questions"]["written_before"]) == len(QUESTIONS)
     assert new_answers(second)[2:] != pytest.approx(new_answers(alone), abs=1e-4)
 
 
@@ -137,7 +137,7 @@ def test_groups_apart_do_not_know_of_each_other_and_those_of_a_sequence_do(metho
 )
 def test_what_was_interrupted_goes_on_and_ends_the_same(tmp_path, method, sequential):
     folder = RunFolder(tmp_path / "run", "settings.json", "edit.json")
-    asked = {"size": 2, "sequential": sequential, "questions": QUESTIONS}
+    options = {"size": 2, "sequential": sequential, "questions": QUESTIONS}
     calls = []
 
     def interrupt(number, editor):
@@ -146,13 +146,13 @@ def test_what_was_interrupted_goes_on_and_ends_the_same(tmp_path, method, sequen
             raise KeyboardInterrupt
 
     with folder.claimed({}), pytest.raises(KeyboardInterrupt):
-        run(method, **asked, folder=folder, on_edited=interrupt)
+        run(method, **options, folder=folder, on_edited=interrupt)
     with folder.claimed({}):
-        found = run(method, **asked, folder=folder, on_edited=interrupt)
+        resumed = run(method, **options, folder=folder, on_edited=interrupt)
     assert calls == [1, 2, 2, 3]
-    whole = run(method, **asked)
-    assert min(found.pop("seconds"), whole.pop("seconds")) > 0
-    assert json.loads(json.dumps(found)) == json.loads(json.dumps(whole))
+    whole = run(method, **options)
+    assert min(resumed.pop("seconds"), whole.pop("seconds")) > 0
+    assert json.loads(json.dumps(resumed)) == json.loads(json.dumps(whole))
 
 
 @pytest.mark.parametrize("damage", ["removed", "cut short"])

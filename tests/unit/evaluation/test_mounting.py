@@ -91,9 +91,9 @@ def test_an_adapter_over_a_base_of_another_name_warns(tmp_path):
     model, folder = load_model(str(save_tiny(tmp_path / "base")))[0], lora_folder(tmp_path / "lora")
     for name, warned in ((str(tmp_path / "base"), 0), ("hub/base", 0), ("hub/other", 1)):
         edit_config(folder, base_model_name_or_path=name)
-        with warnings.catch_warnings(record=True) as found, mounted(model, folder):
+        with warnings.catch_warnings(record=True) as caught, mounted(model, folder):
             pass
-        assert len([one for one in found if "hub/other, and is put on" in str(one.message)]) == warned
+        assert len([one for one in caught if "hub/other, and is put on" in str(one.message)]) == warned
 
 
 def test_factors_that_overflow_are_an_error_and_no_score(tmp_path):
@@ -143,11 +143,11 @@ def test_a_folder_is_called_by_its_own_name_or_by_the_given_one_which_nothing_el
         (tmp_path / name / "adapter_config.json").write_text("{}")
     maths, other = tmp_path / "a/maths", tmp_path / "b/maths"
     assert list(name_adapters([maths, f"law={other}", str(tmp_path / "x=y")])) == ["maths", "law", "x=y"]
-    for given, said in (
+    for names, said in (
         ([f"base={maths}"], "is taken"),
         ([maths, other], "is taken"),
         ([tmp_path / "a"], r"holds no adapter_config\.json"),
         (["one=nowhere"], "nowhere: no such folder"),
     ):
         with pytest.raises(ConfigError, match=said):
-            name_adapters(given)
+            name_adapters(names)

@@ -21,7 +21,7 @@ def normal(seeds, instances):
 
 def replicates_by_hand(values, count, generator):
     """Means of all methods in each replicate, by loops: seeds, then instances in each, the same for all methods."""
-    found = []
+    replicates = []
     for _ in range(count):
         means = {method: [] for method in values}
         seeds = len(next(iter(values.values())))
@@ -30,8 +30,8 @@ def replicates_by_hand(values, count, generator):
             chosen = generator.integers(size, size=size)
             for method, rows in values.items():
                 means[method].append(np.mean([rows[seed][i] for i in chosen]))
-        found.append([np.mean(row) for row in means.values()])
-    return np.array(found)
+        replicates.append([np.mean(row) for row in means.values()])
+    return np.array(replicates)
 
 
 @pytest.mark.parametrize("values", [RAGGED, normal(3, 12), normal(1, 6)], ids=["ragged", "3x12", "1x6"])
@@ -41,10 +41,10 @@ def test_the_intervals_are_those_of_the_slow_reference(values):
     one, other = values
     columns = {**dict(zip(values, by_hand.T, strict=True)), (one, other): by_hand[:, 0] - by_hand[:, 1]}
     for key, column in columns.items():
-        found = result.difference[key] if isinstance(key, tuple) else result.mean[key]
+        interval = result.difference[key] if isinstance(key, tuple) else result.mean[key]
         spread = column.std()
-        assert found.low == pytest.approx(np.quantile(column, 0.025), abs=0.2 * spread)
-        assert found.high == pytest.approx(np.quantile(column, 0.975), abs=0.2 * spread)
+        assert interval.low == pytest.approx(np.quantile(column, 0.025), abs=0.2 * spread)
+        assert interval.high == pytest.approx(np.quantile(column, 0.975), abs=0.2 * spread)
     if values is RAGGED:  # the mean over seeds of the mean over instances
         assert result.mean["lora"].estimate == pytest.approx((20 + 40 + 50) / 3)
         assert result.difference["hiplora", "lora"].estimate == pytest.approx((3 + 5 + 0) / 3)
@@ -107,9 +107,9 @@ def test_columns_of_the_plain_bootstrap_share_their_draws():
     items = np.random.default_rng(0).normal(50, 10, 100)
     means = resampled_means(np.stack([items, items + 2], axis=1))
     assert means[:, 1] - means[:, 0] == pytest.approx(np.full(10_001, 2.0))
-    found = percentile_interval(means[:, 0])
-    assert found.estimate == pytest.approx(items.mean())
-    assert found.high - found.low == pytest.approx(2 * 1.96 * items.std() / 10, rel=0.05)
+    interval = percentile_interval(means[:, 0])
+    assert interval.estimate == pytest.approx(items.mean())
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * items.std() / 10, rel=0.05)
 
 
 def test_sign_flips_and_students_interval_by_hand():

@@ -48,10 +48,10 @@ def entry(root):
 )
 def test_another_weight_or_other_options_have_entries_of_their_own(tmp_path, counted, changes):
     FactorStore(tmp_path).get_or_compute(gaussian(30, 20), 4)
-    given = {"weight": gaussian(30, 20), "k": 4, **changes}
-    assert equal(FactorStore(tmp_path).get_or_compute(**given), truncated_svd(**given))
+    arguments = {"weight": gaussian(30, 20), "k": 4, **changes}
+    assert equal(FactorStore(tmp_path).get_or_compute(**arguments), truncated_svd(**arguments))
     assert len(counted) == 2
-    rounded = given["weight"].bfloat16()
+    rounded = arguments["weight"].bfloat16()
     FactorStore(tmp_path).get_or_compute(rounded, 2)
     FactorStore(tmp_path).get_or_compute(rounded.float(), 2)  # equal values in another precision share one
     assert len(counted) == 3

@@ -24,13 +24,13 @@ BOTH = pytest.mark.parametrize("settings", [PLAIN, PATTERNS], ids=["plain", "pat
 EACH = pytest.mark.parametrize("name", MOVED)
 
 
-def made(name, settings=PLAIN):
+def method_of(name, settings=PLAIN):
     calibration = {"calibration_tokens": 1024} if name in ("corda", "lora_null") else {}
     return METHODS[name](**{**calibration, **settings})
 
 
 def started(name, settings=PLAIN, model=None, start=None):
-    return put_on(made(name, settings), model or tiny_llama(), tiny_tokenizer(), seed=0, start=start)
+    return put_on(method_of(name, settings), model or tiny_llama(), tiny_tokenizer(), seed=0, start=start)
 
 
 def start_of(layer):
@@ -81,7 +81,7 @@ def test_stock_peft_brings_the_untouched_base_to_the_trained_model(tmp_path, nam
     for parameter in adapted.parameters():  # as after a training
         parameter.data += 0.05 * torch.randn(parameter.shape) * parameter.requires_grad
     expected = logits(adapted.eval())
-    save_trained(made(name, settings), adapted, tmp_path / "out", tmp_path / "start")
+    save_trained(method_of(name, settings), adapted, tmp_path / "out", tmp_path / "start")
     plain = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")
     torch.testing.assert_close(logits(plain), expected, rtol=0, atol=1e-5)
     assert (logits(tiny_llama()) - expected).abs().max() > 0.05
