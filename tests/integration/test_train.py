@@ -137,19 +137,14 @@ def test_a_finished_run_is_returned_on_resume_and_refused_otherwise(make, tmp_pa
     assert train(make(steps=3), tmp_path / "out", overwrite=True).steps == 3
 
 
-def test_a_folder_of_another_recipe_other_data_or_damage_is_refused(make, tmp_path, rows):
+def test_a_folder_of_another_recipe_or_other_data_is_refused(make, tmp_path, rows):
     data = {"path": write_jsonl(tmp_path / "rows.jsonl", [json.loads(line) for line in rows.read_text().splitlines()])}
     with pytest.raises(Stopped):
         train(make(data=data), tmp_path / "out", callbacks=[StopAt(5)])
     with pytest.raises(ConfigError, match=r"unfinished run with other settings \(train\.lr: 0\.01 there, 0\.02 here"):
         train(make(data=data, lr=0.02), tmp_path / "out")
-    before = (tmp_path / "rows.jsonl").read_text()
     write_jsonl(tmp_path / "rows.jsonl", [{"instruction": f"x{n}", "output": "y"} for n in range(9)])
     with pytest.raises(ConfigError, match="the data changed since this run began"):
-        train(make(data=data), tmp_path / "out")
-    (tmp_path / "rows.jsonl").write_text(before)
-    (tmp_path / "out" / "recipe.yaml").write_text("[")
-    with pytest.raises(ConfigError, match="exists already"):
         train(make(data=data), tmp_path / "out")
 
 
