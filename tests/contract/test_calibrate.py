@@ -15,7 +15,8 @@ from hiplora.models import load, load_tokenizer
 from hiplora.tuner import CalibrationStore, input_bases, moments, sampled_rows, sampling
 from hiplora.tuner.moments import score
 from hiplora.tuner.sampling import conversation_scripts, sample_rows
-from tests.commands import succeed, watch
+from tests.calls import watch
+from tests.commands import succeed
 from tests.contract.conftest import logits
 from tests.tiny import left_as_it_was, tiny_llama, tiny_tokenizer
 

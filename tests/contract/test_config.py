@@ -14,7 +14,7 @@ from hiplora.errors import AdapterError, ConfigError, FactorError
 from hiplora.spectral import FactorStore
 from hiplora.training.baselines.hiplora import HipLoraMethod
 from hiplora.tuner import HipLoraLinear, hip_layers
-from tests.commands import watch
+from tests.calls import watch
 from tests.contract.conftest import logits, train
 from tests.models.zoo import CASE
 

@@ -18,7 +18,7 @@ from hiplora.data.examples import load_data
 from hiplora.errors import ConfigError
 from hiplora.evaluation.drift import cut_windows
 from tests import reference
-from tests.commands import watch
+from tests.calls import watch
 from tests.tiny import EOS, tiny_llama, tiny_tokenizer, write_jsonl
 
 ROWS = [{"prompt": f"{a} plus {b} is ", "completion": str(a + b)} for a in range(6) for b in range(5)]

@@ -15,7 +15,8 @@ from hiplora.demo import DemoSettings, demo, headline, skills, summary
 from hiplora.errors import ConfigError
 from hiplora.evaluation.drift import cut_windows
 from tests import reference
-from tests.commands import run, watch
+from tests.calls import watch
+from tests.commands import run
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 METHODS = {"lora": "LoRA", "hiplora": "HiP-LoRA"}

@@ -10,7 +10,8 @@ import pytest
 
 from hiplora.evaluation import engine
 from hiplora.evaluation.suite import TASKS
-from tests.commands import run, watch
+from tests.calls import watch
+from tests.commands import run
 from tests.golden.make import DATA
 from tests.tiny import save_tiny, tiny_llama, write_jsonl
 

@@ -12,7 +12,8 @@ from hiplora import compare as comparison
 from hiplora.errors import ConfigError
 from hiplora.training import load_recipe, train
 from hiplora.tune import TuneSettings, _recipes, _written, summary, tune, within, worst
-from tests.commands import run, succeed, watch
+from tests.calls import watch
+from tests.commands import run, succeed
 from tests.tiny import write_jsonl
 
 ROWS = [{"prompt": f"{a} plus {b} is ", "completion": str(a + b)} for a in range(6) for b in range(5)]

@@ -21,7 +21,7 @@ from hiplora.evaluation.engine import ANSWER, GOLD, TEXT, Engine, ScoringLM
 from hiplora.evaluation.evaluate import EvalSettings
 from hiplora.evaluation.likelihood import encode, score_responses
 from hiplora.evaluation.suite import read_suite
-from tests.commands import watch
+from tests.calls import watch
 from tests.reference import answer_log_prob
 from tests.tiny import VOCABULARY, tiny_llama, tiny_tokenizer, write_jsonl
 

@@ -8,7 +8,7 @@ from hiplora.spectral import krylov, minor_svd_factors, projected_factors, trunc
 from hiplora.spectral.factors import Triplets
 from hiplora.spectral.svd import gram_svd
 from tests import reference
-from tests.commands import watch
+from tests.calls import watch
 from tests.unit.spectral.matrices import gaussian, power_law, with_spectrum
 
 LARGE = (700, 760)  # above the exact method's reach for k = 8, so that "auto" iterates
