@@ -12,3 +12,17 @@ def run(capsys, *arguments):
         main([str(argument) for argument in arguments])
     said = capsys.readouterr()
     return stop.value.code or 0, said.out, said.err
+
+
+def succeed(capsys, *arguments):
+    """Return the standard output of a command that must succeed."""
+    code, said, err = run(capsys, *arguments)
+    assert code == 0, err
+    return said
+
+
+def quietly(capsys, *arguments):
+    """Return the standard output of a command that must succeed and say nothing on standard error."""
+    code, said, err = run(capsys, *arguments)
+    assert (code, err) == (0, "")
+    return said

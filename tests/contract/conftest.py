@@ -38,6 +38,11 @@ class Base:
     def adapted(self, **changes):
         return peft.get_peft_model(self.make(), self.config(**changes))
 
+    def trained(self, ids, **changes):
+        model = self.adapted(**changes)
+        train(model, ids)
+        return model
+
 
 @pytest.fixture(params=BASES)
 def base(request):

@@ -22,10 +22,11 @@ from hiplora.models import load, load_tokenizer
 from hiplora.tuner import CalibrationStore, input_bases, moments, sampled_rows, sampling
 from hiplora.tuner.moments import score
 from hiplora.tuner.sampling import conversation_scripts, sample_rows
-from tests.commands import run
+from tests.calls import watch
+from tests.commands import succeed
 from tests.contract.conftest import logits, train
 from tests.models.zoo import CASE
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import left_as_it_was, tiny_llama, tiny_tokenizer
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -57,26 +58,26 @@ def test_v_spans_what_the_layer_is_fed(tiny, tmp_path):
     handle = model.get_submodule(Q).register_forward_pre_hook(lambda _, x: seen.append(x[0].detach()))
     model(input_ids=rows())
     handle.remove()
-    found = calibrated(model, tmp_path).factors[Q]
+    factors = calibrated(model, tmp_path).factors[Q]
     x = seen[0].reshape(-1, 64).double()
     top = torch.linalg.eigh(x.T @ x / len(x)).eigenvectors.flip(1)[:, :8]
-    torch.testing.assert_close(found.V.double() @ found.V.double().T, top @ top.T, rtol=0, atol=1e-5)
+    torch.testing.assert_close(factors.V.double() @ factors.V.double().T, top @ top.T, rtol=0, atol=1e-5)
 
 
 def test_u_spans_the_outputs_that_the_predictions_depend_on(tiny, tmp_path, monkeypatch):
     """Against gradients taken one row at a time, of the same draws of next tokens."""
     drawn = []
     monkeypatch.setattr(moments, "score", lambda *a: drawn.append(score(*a)) or drawn[-1])
-    found = calibrated(tiny.make(), tmp_path).factors[Q]
+    factors = calibrated(tiny.make(), tmp_path).factors[Q]
     model, total = tiny.make(), torch.zeros(64, 64, dtype=torch.float64)
-    kept = []
-    model.get_submodule(Q).register_forward_hook(lambda _, __, y: kept.append(y))
+    outputs = []
+    model.get_submodule(Q).register_forward_hook(lambda _, __, y: outputs.append(y))
     for row, scores in zip(rows(), drawn, strict=True):
         logits = model(input_ids=row[None]).logits
-        (g,) = torch.autograd.grad((logits[0] * scores).sum(), kept[-1])
+        (g,) = torch.autograd.grad((logits[0] * scores).sum(), outputs[-1])
         total += g[0].double().T @ g[0].double()
     top = torch.linalg.eigh(total).eigenvectors.flip(1)[:, :8]
-    torch.testing.assert_close(found.U.double() @ found.U.double().T, top @ top.T, rtol=0, atol=1e-4)
+    torch.testing.assert_close(factors.U.double() @ factors.U.double().T, top @ top.T, rtol=0, atol=1e-4)
 
 
 def test_the_draws_follow_the_models_own_distribution():
@@ -121,8 +122,8 @@ def test_what_cannot_be_differentiated_is_told_the_way_out(tiny):
     with pytest.raises(ConfigError, match=r"LlamaModel gives no logits.*basis_sides='input'"):
         hiplora.calibrate(backbone, config(), lambda: backbone(input_ids=rows()))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*model.modules(), *backbone.modules()))
-    found = hiplora.calibrate(backbone, config(basis_sides="input"), lambda: backbone(input_ids=rows()))
-    assert len(found.factors) == 8
+    calibration = hiplora.calibrate(backbone, config(basis_sides="input"), lambda: backbone(input_ids=rows()))
+    assert len(calibration.factors) == 8
 
 
 def test_a_model_of_another_library_that_writes_no_text_is_told_the_way_out():
@@ -176,39 +177,30 @@ def test_a_template_that_writes_the_date_begins_alike_every_day(tiny):
 def test_the_model_is_left_as_it_was(tiny, tmp_path):
     model = tiny.make().train()
     model.get_submodule(Q).requires_grad_(False)
-    before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
     state = torch.random.get_rng_state()
-    hiplora.calibrate(model, config(), store=CalibrationStore(tmp_path), tokens=300)
-    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+    with left_as_it_was(model):
+        hiplora.calibrate(model, config(), store=CalibrationStore(tmp_path), tokens=300)
+    assert not any(module._forward_pre_hooks for module in model.modules())
     assert torch.equal(torch.random.get_rng_state(), state)
-    for name, parameter in model.named_parameters():
-        flag, value = before[name]
-        assert parameter.requires_grad == flag
-        assert torch.equal(parameter, value)
 
 
 def test_other_adapters_are_off_while_the_base_is_measured(tiny, ids, tmp_path):
-    adapted = tiny.adapted(init_weights=False)
-    train(adapted, ids)
+    adapted = tiny.trained(ids, init_weights=False)
     before = logits(adapted, ids)
-    found = hiplora.calibrate(adapted.base_model.model, config(), rows=rows(), store=CalibrationStore(tmp_path))
+    calibration = hiplora.calibrate(adapted.base_model.model, config(), rows=rows(), store=CalibrationStore(tmp_path))
     assert torch.equal(logits(adapted, ids), before)
     assert list(adapted.peft_config) == ["default"]
     assert adapted.peft_config["default"].basis == "weight"
-    assert_equal_factors(found, calibrated(tiny.make(), tmp_path / "bare"), 1e-6)
+    assert_equal_factors(calibration, calibrated(tiny.make(), tmp_path / "bare"), 1e-6)
 
 
 def test_get_peft_model_calibrates_by_itself_once(tiny, ids, monkeypatch):
-    sampled = []
-    monkeypatch.setattr(
-        "hiplora.tuner.sampling.sample_rows", lambda *a, **k: sampled.append(1) or sample_rows(*a, **k)
-    )
+    sampled = watch(monkeypatch, sampling, "sample_rows")
     make = lambda: peft.get_peft_model(tiny_llama(seed=77), config(lora_dropout=0.0))  # noqa: E731
     one = make()
-    asked = len(sampled)
+    times = len(sampled)
     two = make()
-    assert asked >= 1
-    assert len(sampled) == asked
+    assert len(sampled) == times >= 1
     recorded = one.peft_config["default"].calibration
     assert recorded["source"] == "self"
     assert recorded["tokens"] >= 10_000
@@ -244,8 +236,8 @@ def test_sampling_follows_the_models_own_distribution(tiny):
         for token in many[:, 1].unique():
             logit = model(input_ids=torch.tensor([[256, token]])).logits[0, -1, :256]
             expected += logit.softmax(-1) * (many[:, 1] == token).sum() / len(many)
-    found = torch.bincount(many[:, 2], minlength=256)[:256] / len(many)
-    assert (found - expected).abs().sum() < 0.25
+    frequencies = torch.bincount(many[:, 2], minlength=256)[:256] / len(many)
+    assert (frequencies - expected).abs().sum() < 0.25
 
 
 @pytest.mark.parametrize(("template", "opening", "reply"), [(True, "[user]\n", "[assistant]\n"), (False, "Q", "\nA")])
@@ -294,26 +286,17 @@ def test_a_model_in_a_folder_brings_its_own_tokenizer_and_sampling_is_announced_
 
 def test_an_interrupted_calibration_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     """Sampling stops in its second part; what the first one wrote is not sampled again."""
-    asked = []
-
-    def sample(model, part, *rest):
-        asked.append(part.start)
-        if stop and part.start:
-            raise KeyboardInterrupt
-        return sample_rows(model, part, *rest)
-
-    monkeypatch.setattr(sampling, "sample_rows", sample)
+    calls = watch(monkeypatch, sampling, "sample_rows", fail_at=2)
     monkeypatch.setattr(sampling, "_SAMPLED_AT_ONCE", 2)
-    stop = True
-    options = {"tokens": 256 * 3}
+
+    def calibrate(folder):
+        return hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(folder), tokens=256 * 3)
+
     with pytest.raises(KeyboardInterrupt):
-        hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path), **options)
-    stop = False
-    resumed = hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path), **options)
-    assert asked == [0, 2, 2]
-    assert_equal_factors(
-        resumed, hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path / "b"), **options), 1e-6
-    )
+        calibrate(tmp_path)
+    resumed = calibrate(tmp_path)
+    assert [part.start for _, part, *_ in calls] == [0, 2, 2]
+    assert_equal_factors(resumed, calibrate(tmp_path / "b"), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -359,16 +342,13 @@ def test_a_calibration_of_nothing_of_other_settings_or_of_another_model_is_refus
 
 def test_the_command_calibrates_what_recipes_adapt_and_one_side_without_gradients(tiny_model_dir, capsys, monkeypatch):
     options = ["--rank", "energy:0.5", "--tokens", "600", "--json"]
-    code, out, _ = run(capsys, "calibrate", str(tiny_model_dir), *options)
-    record = json.loads(out)
-    assert code == 0
+    record = json.loads(succeed(capsys, "calibrate", tiny_model_dir, *options))
     names = {layer["name"].rpartition(".")[2] for layer in record["layers"]}
     assert names == {"gate_proj", "up_proj", "down_proj"}
     assert all(layer["energy"] >= 0.5 or layer["k"] == 32 for layer in record["layers"])
     assert (record["source"], record["tokens"]) == ("self", 768)
     monkeypatch.setattr(moments.GradientCollector, "watching", lambda self: pytest.fail("measured gradients"))
-    code, shown, _ = run(capsys, "calibrate", tiny_model_dir, "--sides", "input", "--tokens", 300)
-    assert code == 0
+    shown = succeed(capsys, "calibrate", tiny_model_dir, "--sides", "input", "--tokens", 300)
     assert "effective rank" in shown
     assert [shown.count(name) for name in ("q_proj", "gate_proj", "up_proj", "down_proj")] == [0, 1, 1, 1]
 

@@ -42,8 +42,7 @@ def copy_as_trl_does(model):
 
 @pytest.mark.parametrize("from_folder", [True, False])
 def test_trls_reference_is_the_trained_adapter(tiny, ids, tmp_path, preset, from_folder):
-    model = tiny.adapted(**preset, modules_to_save=["norm"])
-    train(model, ids)
+    model = tiny.trained(ids, **preset, modules_to_save=["norm"])
     if from_folder:
         model.save_pretrained(tmp_path)
         model = peft.PeftModel.from_pretrained(tiny.make(), tmp_path, is_trainable=True)
@@ -100,8 +99,7 @@ WRAPPED = {
 
 @pytest.mark.parametrize("wrapped", WRAPPED)
 def test_an_adapter_file_loads_under_the_names_of_wrappers(tiny, ids, tmp_path, preset, wrapped):
-    model = tiny.adapted(**preset)
-    train(model, ids)
+    model = tiny.trained(ids, **preset)
     model.save_pretrained(tmp_path / "as saved")
     model.save_pretrained(tmp_path / "wrapped")
     rename(tmp_path / "wrapped", WRAPPED[wrapped])
@@ -125,8 +123,7 @@ def test_a_model_with_a_part_called_module_keeps_its_names(tmp_path):
 
 
 def test_an_adapter_file_of_0_1_still_loads(tiny, ids, tmp_path, preset):
-    model = tiny.adapted(**preset)
-    train(model, ids)
+    model = tiny.trained(ids, **preset)
     model.save_pretrained(tmp_path)
     old = {n.removesuffix(".weight") if "hiplora_" in n else n: t.clone() for n, t in model.state_dict().items()}
     rename(tmp_path, lambda name: name.removesuffix(".weight"))
@@ -269,8 +266,7 @@ def trl_trainer(method, model, tokenizer, folder, **settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["DPO", "KTO", "GRPO", "RLOO"])
 def test_trls_trainers_start_from_the_trained_adapter(tiny, ids, tmp_path, preset, method):
-    model = tiny.adapted(**preset, lora_dropout=0.3)
-    train(model, ids)
+    model = tiny.trained(ids, **preset, lora_dropout=0.3)
     model.save_pretrained(tmp_path)
     model = peft.PeftModel.from_pretrained(tiny.make(), tmp_path, is_trainable=True)
     policy = logits(model, ids)

@@ -14,6 +14,7 @@ from hiplora.errors import AdapterError, ConfigError, FactorError
 from hiplora.spectral import FactorStore
 from hiplora.training.baselines.hiplora import HipLoraMethod
 from hiplora.tuner import HipLoraLinear, hip_layers
+from tests.calls import watch
 from tests.contract.conftest import logits, train
 from tests.models.zoo import CASE
 
@@ -31,8 +32,7 @@ def layer(model, name=Q0):
 
 def trained_state(tiny, ids, **changes):
     torch.manual_seed(0)
-    model = tiny.adapted(**{"init_weights": False, **changes})
-    train(model, ids)
+    model = tiny.trained(ids, **{"init_weights": False, **changes})
     return {n: p.detach() for n, p in model.named_parameters() if "hiplora_" in n}
 
 
@@ -147,16 +147,9 @@ def _refused(make=HipLoraConfig, **changes):
 
 def _tolerance_reaches_the_decomposition(tiny):
     with pytest.MonkeyPatch.context() as patch:
-        seen = []
-        original = FactorStore.get_or_compute
-
-        def spy(self, weight, k, tol, **options):
-            seen.append(tol)
-            return original(self, weight, k, tol, **options)
-
-        patch.setattr(FactorStore, "get_or_compute", spy)
+        calls = watch(patch, FactorStore, "get_or_compute")
         tiny.adapted(svd_tolerance=3e-5)
-    return set(seen) == {3e-5}
+    return {tolerance for _, _, _, tolerance in calls} == {3e-5}
 
 
 @pytest.mark.parametrize("field", EFFECTS)
@@ -239,8 +232,8 @@ def test_contradictions_are_refused(fields, message):
     ],
 )
 def test_an_option_of_the_gains_brings_them(read, fields, gains):
-    given = {"name": "hiplora", **fields} if read is HipLoraMethod else fields
-    assert read(**given).principal_channel is gains
+    options = {"name": "hiplora", **fields} if read is HipLoraMethod else fields
+    assert read(**options).principal_channel is gains
 
 
 def test_a_weight_that_cannot_be_factored_is_refused_by_name_and_leaves_the_model_alone(tiny, ids):
@@ -272,8 +265,8 @@ def test_a_layer_in_which_nothing_could_learn_is_refused(tiny, k):
 
 
 def test_a_rank_above_what_the_protected_directions_leave_is_warned_of_once(tiny):
-    found = r"r 40 is above the 32 directions that principal_rank 32 leaves \(and so in 1 more\)"
-    with pytest.warns(UserWarning, match=found) as said:
+    warning = r"r 40 is above the 32 directions that principal_rank 32 leaves \(and so in 1 more\)"
+    with pytest.warns(UserWarning, match=warning) as said:
         tiny.adapted(r=40, principal_rank=32, target_modules=["q_proj"], principal_channel=False)
     assert sum("is above the" in str(one.message) for one in said) == 1
 
@@ -334,8 +327,7 @@ def chosen_ranks(model):
 @pytest.mark.parametrize("basis", ["weight", "activation"])
 @pytest.mark.parametrize("spec", [0.25, "energy:0.8"])
 def test_an_adapter_with_ranks_of_the_layers_own_survives_saving_and_export(tiny, ids, tmp_path, basis, spec):
-    model = tiny.adapted(basis=basis, principal_rank=spec)
-    train(model, ids)
+    model = tiny.trained(ids, basis=basis, principal_rank=spec)
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(tiny.make(), tmp_path / "adapter").eval()
     assert chosen_ranks(again) == chosen_ranks(model) == again.peft_config["default"].principal_ranks

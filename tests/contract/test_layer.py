@@ -46,13 +46,13 @@ def test_output_and_gradients_equal_the_dense_formula_with_dropout_on_the_residu
     leaves = [case[n].requires_grad_() for n in ("base_out", "x", "A", "B", "delta") if case[n] is not None]
     weight = torch.randn(4, 5, 6, dtype=torch.float64)
     torch.manual_seed(7)
-    found = add_channels(**case, scaling=2.0, dropout=dropout)
+    output = add_channels(**case, scaling=2.0, dropout=dropout)
     torch.manual_seed(7)
     mask, keep = keep_mask(torch.Size((20, 9)), dropout, torch.device("cpu"))
     expected = dense(**case, scaling=2.0, mask=mask.view(4, 5, 9) / keep if dropout else 1.0)
-    torch.testing.assert_close(found, expected)
-    given, wanted = (torch.autograd.grad((one * weight).sum(), leaves) for one in (found, expected))
-    torch.testing.assert_close(given, wanted)
+    torch.testing.assert_close(output, expected)
+    gradients, expected_gradients = (torch.autograd.grad((one * weight).sum(), leaves) for one in (output, expected))
+    torch.testing.assert_close(gradients, expected_gradients)
 
 
 @pytest.mark.parametrize("dropout", [0.05, 0.5, 1e-6, 0.999])
@@ -231,11 +231,11 @@ def test_torchs_encoder_calls_its_adapted_layers_in_evaluation_too():
     model = small(encoder, "linear1", "linear2")
     x, padding = torch.randn(2, 3, 8), torch.tensor([[False, False, True], [False, False, False]])
     for mask in (None, padding):
-        wanted = model.train()(x, src_key_padding_mask=mask)
+        trained = model.train()(x, src_key_padding_mask=mask)
         with torch.no_grad():
-            found = model.eval()(x, src_key_padding_mask=mask)
-            torch.testing.assert_close(found, wanted.detach())
+            evaluated = model.eval()(x, src_key_padding_mask=mask)
+            torch.testing.assert_close(evaluated, trained.detach())
             with model.disable_adapter():
-                assert not torch.allclose(model(x, src_key_padding_mask=mask), found)
+                assert not torch.allclose(model(x, src_key_padding_mask=mask), evaluated)
     with pytest.raises(ConfigError, match=r"self_attn\.out_proj"):
         small(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), "out_proj")

@@ -35,8 +35,7 @@ def test_leak_and_merge_are_exact_under_autocast_and_a_cast_model_unmerges_in_it
 
 
 def test_gains_that_a_checkpoint_brings_raise_no_alarm(tiny, ids):
-    model, trained = tiny.adapted(), tiny.adapted()
-    train(trained, ids)
+    model, trained = (tiny.trained(ids), tiny.adapted())
     model.train()(ids, labels=ids).loss.backward()
     model.load_state_dict(trained.state_dict())
     torch.testing.assert_close(logits(model, ids), logits(trained, ids))
@@ -117,8 +116,7 @@ def test_a_saved_adapter_gives_equal_logits_in_another_process_and_compiles_with
     tiny, ids, tmp_path, save_factors
 ):
     tiny.make().save_pretrained(tmp_path / "base")
-    model = tiny.adapted(save_factors=save_factors)
-    train(model, ids)
+    model = tiny.trained(ids, save_factors=save_factors)
     model.save_pretrained(tmp_path / "adapter")
     torch.save((ids, logits(model, ids)), tmp_path / "expected.pt")
     command = [sys.executable, "-W", "ignore", "-c", READER, str(tmp_path)]
@@ -162,8 +160,7 @@ def test_loading_over_another_weight_names_the_module_and_leaves_the_base_alone(
 
 
 def test_a_base_in_another_precision_is_accepted_with_a_warning_but_no_other_weight(base, ids, tmp_path):
-    model = base.adapted()
-    train(model, ids)
+    model = base.trained(ids)
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="another precision"):
         half = peft.PeftModel.from_pretrained(base.make(torch.bfloat16), tmp_path)
@@ -178,8 +175,7 @@ def test_a_base_in_another_precision_is_accepted_with_a_warning_but_no_other_wei
 
 
 def test_a_second_adapter_can_be_added_switched_disabled_and_deleted(base, ids):
-    model = base.adapted()
-    train(model, ids)
+    model = base.trained(ids)
     first = logits(model, ids)
     model.add_adapter("second", base.config(r=2, principal_rank=4, lora_alpha=8))
     assert torch.equal(logits(model, ids), first)
@@ -226,8 +222,7 @@ def test_a_deleted_adapters_name_can_be_used_for_another_kind(tiny, ids):
 @pytest.mark.parametrize("save_factors", [True, False])
 def test_a_second_adapter_can_be_loaded_beside_the_first(base, ids, tmp_path, save_factors, low_memory):
     save_factors = save_factors or base.kind in ACTIVATION
-    model = base.adapted(save_factors=save_factors)
-    train(model, ids)
+    model = base.trained(ids, save_factors=save_factors)
     expected = logits(model, ids)
     model.save_pretrained(tmp_path)
     fresh = base.adapted(save_factors=save_factors)
@@ -246,8 +241,7 @@ def test_a_model_whose_adapters_were_all_deleted_has_none(tiny):
 
 
 def test_two_active_adapters_share_the_memory_of_their_basis_and_add_up(tiny, ids):
-    model = tiny.adapted()
-    train(model, ids)
+    model = tiny.trained(ids)
     model.add_adapter("second", tiny.config())
     for moved in (model, model.to(torch.float64).to(torch.float32)):
         for _, layer in hip_layers(moved):
@@ -281,8 +275,7 @@ def test_merging_keeps_the_output_and_unmerging_restores_every_bit(base, ids, sa
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_an_adapted_head_is_saved_without_the_base_models_and_merged_beside_the_embedding(ids, tmp_path, kind):
     base = Base(kind)
-    model = base.adapted(target_modules=["lm_head", "q_proj"])
-    train(model, ids)
+    model = base.trained(ids, target_modules=["lm_head", "q_proj"])
     expected = logits(model, ids)
     model.save_pretrained(tmp_path)
     assert not any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
@@ -307,8 +300,7 @@ def test_what_is_not_finite_is_neither_merged_nor_saved(tiny, tmp_path):
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_modules_to_save_are_trained_saved_and_loaded(tiny, ids, tmp_path, low_cpu_mem_usage):
-    model = tiny.adapted(modules_to_save=["norm"])
-    train(model, ids)
+    model = tiny.trained(ids, modules_to_save=["norm"])
     model.save_pretrained(tmp_path)
     keys = load_file(tmp_path / "adapter_model.safetensors").keys()
     assert any(key.endswith("model.norm.weight") for key in keys)
@@ -387,8 +379,7 @@ def test_a_damaged_adapter_file_is_refused_by_name(tiny, tmp_path, kind, damage)
 
 
 def test_peft_converts_the_adapter_to_lora_exactly_at_rank_r_plus_k(tiny, ids, tmp_path):
-    model = tiny.adapted()
-    train(model, ids)
+    model = tiny.trained(ids)
     expected = logits(model, ids)
     peft.save_as_lora(tmp_path, model, rank=4 + 8)
     plain = peft.PeftModel.from_pretrained(tiny.make(), tmp_path)

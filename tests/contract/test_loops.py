@@ -99,7 +99,7 @@ def test_clipped_adamw_steps_are_those_of_equation_5_as_written(ids, changes):
     leaves = written_out(formula)
     trained = {
         ours: [p for p in ours.parameters() if p.requires_grad],
-        formula: [leaf for found in leaves.values() for leaf in found],
+        formula: [leaf for parameters_of_layer in leaves.values() for leaf in parameters_of_layer],
     }
     for model, parameters in trained.items():
         optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.1)

@@ -292,8 +292,8 @@ def test_the_fast_weights_of_inner_loops_are_not_taken_for_moved_gains(ids, sett
         fast = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for _ in range(3):
             loss = torch.func.functional_call(model, fast, kwargs={"input_ids": ids, "labels": ids}).loss
-            found = torch.autograd.grad(loss, list(fast.values()))
-            stepped = [value - 0.1 * gradient for value, gradient in zip(fast.values(), found, strict=True)]
+            gradients = torch.autograd.grad(loss, list(fast.values()))
+            stepped = [value - 0.1 * gradient for value, gradient in zip(fast.values(), gradients, strict=True)]
             fast = {name: one.detach().requires_grad_() for name, one in zip(fast, stepped, strict=True)}
     loss_of(model, ids).backward()
     sgd(trainable(model)).step()

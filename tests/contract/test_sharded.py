@@ -8,11 +8,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM
 
 import hiplora
 from hiplora.errors import AdapterError
 from tests.contract.conftest import Base
+from tests.tiny import tiny_mixture
 
 pytestmark = pytest.mark.slow
 KINDS = ("ddp", "fsdp2", "fsdp1", "fsdp1 flat")
@@ -137,10 +137,8 @@ def assert_as_one(folder, kinds):
 
 def mixture():
     """Adapt the experts of a mixture, most of which get no token of one row."""
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
-    experts = {"num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size": 48, "hidden_size": 32}
     torch.manual_seed(0)
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=256, **heads, **experts))
+    model = tiny_mixture(num_local_experts=8, num_experts_per_tok=1)
     config = {"r": 2, "principal_rank": 4, "lora_dropout": 0.0, "preset": "paper"}
     return peft.get_peft_model(model, hiplora.HipLoraConfig(target_modules=["down_proj"], **config)).train()
 

@@ -18,6 +18,7 @@ from hiplora.data.examples import load_data
 from hiplora.errors import ConfigError
 from hiplora.evaluation.drift import cut_windows
 from tests import reference
+from tests.calls import watch
 from tests.tiny import EOS, tiny_llama, tiny_tokenizer, write_jsonl
 
 ROWS = [{"prompt": f"{a} plus {b} is ", "completion": str(a + b)} for a in range(6) for b in range(5)]
@@ -69,9 +70,9 @@ def test_loss_and_drift_are_those_of_the_adapter_at_each_scale(done, job, method
             model.get_submodule(name).weight.data += point["scale"] * (B.double() @ A.double()).float()
         assert point["held_out_loss"] == pytest.approx(loss_by_hand(model, rows), abs=1e-4)
         kl, ratio, *_ = reference.drift(tiny_llama(), model, windows)
-        (found,) = point["drift"].values()
-        assert found["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-7)
-        assert found["perplexity_ratio"] == pytest.approx(ratio, rel=1e-4)
+        (drift,) = point["drift"].values()
+        assert drift["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-7)
+        assert drift["perplexity_ratio"] == pytest.approx(ratio, rel=1e-4)
 
 
 def curve(*points):
@@ -86,20 +87,20 @@ def equal(**curves):
 def test_drift_is_read_at_the_lowest_loss_that_all_reach_where_a_curve_first_gets_there():
     fast = curve((1.5, 0.01, 0.1), (1.0, 0.09, 0.3), (1.2, 0.5, 0.9))
     slow = curve((1.8, 0.0004, 0.0), (1.25, 0.0009, 0.1))
-    found = equal(fast=(fast, curve((1.4, 0.04, 0.2))), slow=(slow, slow))
-    assert found["loss"] == 1.25
+    comparison = equal(fast=(fast, curve((1.4, 0.04, 0.2))), slow=(slow, slow))
+    assert comparison["loss"] == 1.25
     # Half-way between sqrt(KL) 0.1 and 0.3; the shares changed half-way between 0.1 and 0.3.
-    assert found["methods"]["fast"]["trained"]["t"] == pytest.approx({"kl": 0.04, "greedy_changed": 0.2})
-    assert found["methods"]["fast"]["scaled"] is None
-    assert found["methods"]["slow"]["trained"]["t"] == pytest.approx({"kl": 0.0009, "greedy_changed": 0.1})
+    assert comparison["methods"]["fast"]["trained"]["t"] == pytest.approx({"kl": 0.04, "greedy_changed": 0.2})
+    assert comparison["methods"]["fast"]["scaled"] is None
+    assert comparison["methods"]["slow"]["trained"]["t"] == pytest.approx({"kl": 0.0009, "greedy_changed": 0.1})
     # A curve begins at the base model.
     one, two = curve((1.0, 0.04, 0.4)), curve((1.5, 0.01, 0.1))
-    found = equal(one=(one, one), two=(two, two))
-    assert found["methods"]["one"]["trained"]["t"] == pytest.approx({"kl": 0.01, "greedy_changed": 0.2})
+    comparison = equal(one=(one, one), two=(two, two))
+    assert comparison["methods"]["one"]["trained"]["t"] == pytest.approx({"kl": 0.01, "greedy_changed": 0.2})
     # Where one ends above the base's loss, all are read there.
     worse = curve((2.5, 0.01, 0.1), (2.25, 0.04, 0.4))
-    found = equal(one=(one, one), worse=(worse, worse))
-    assert [reached["trained"]["t"]["kl"] for reached in found["methods"].values()] == [0.0, 0.0]
+    comparison = equal(one=(one, one), worse=(worse, worse))
+    assert [reached["trained"]["t"]["kl"] for reached in comparison["methods"].values()] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -152,15 +153,7 @@ def test_the_folder_holds_results_answers_a_page_and_adapters_and_is_not_touched
 
 def test_an_interrupted_comparison_goes_on_to_the_same_results(done, job, tmp_path, monkeypatch):
     model, data, settings = job
-    real, calls = module._train, []
-
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(module, "_train", interrupted)
+    calls = watch(monkeypatch, module, "_train", 2)
     with pytest.raises(KeyboardInterrupt):
         compare(model, data, tmp_path / "out", settings)
     assert not (tmp_path / "out" / "results.json").exists()
@@ -174,12 +167,8 @@ def test_a_comparison_of_one_model_by_name_is_not_carried_on_with_another(job, t
     model, data, settings = job
     shutil.copytree(model, tmp_path / "other")
     monkeypatch.setattr(module, "folder_identity", lambda model: None)  # as if both were names on the hub
-
-    def interrupted(*arguments):
-        raise RuntimeError("stopped")
-
-    monkeypatch.setattr(module, "_train", interrupted)
-    with pytest.raises(RuntimeError, match="stopped"):
+    watch(monkeypatch, module, "_train", 1)
+    with pytest.raises(KeyboardInterrupt):
         compare(model, data, tmp_path / "out", settings)
     with pytest.raises(ConfigError, match=rf"other settings \(model: {model} there, .*other here\)"):
         compare(str(tmp_path / "other"), data, tmp_path / "out", settings)

@@ -15,6 +15,7 @@ from hiplora.demo import DemoSettings, demo, headline, skills, summary
 from hiplora.errors import ConfigError
 from hiplora.evaluation.drift import cut_windows
 from tests import reference
+from tests.calls import watch
 from tests.commands import run
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -98,15 +99,7 @@ def test_an_unrelated_answer_in_the_shops_words_is_counted_as_spilled(done):
 
 
 def test_an_interrupted_demonstration_goes_on_where_it_stopped(done, settings, tmp_path, monkeypatch):
-    real, calls = module._add, []
-
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(module, "_add", interrupted)
+    calls = watch(monkeypatch, module, "_add", 2)
     with pytest.raises(KeyboardInterrupt):
         demo(tmp_path / "out", settings)
     results = demo(tmp_path / "out", settings)

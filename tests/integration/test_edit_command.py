@@ -11,23 +11,15 @@ from hiplora.adapters import read_update
 from hiplora.editing import evaluate_edits, load_edits, load_questions
 from hiplora.editing.report import verdict
 from hiplora.models import load
-from tests.commands import run
+from tests.commands import run, succeed
 from tests.tiny import write_jsonl
+from tests.unit.editing.samples import COUNTERFACT
 
 FAST = ["--steps", "4", "--lr", "1e-2"]
 ALPHA = ["--set", "calibration_tokens=300", "--set", "value_steps=3", "--set", "prefixes=1"]
 CALIBRATION = ["--set", "calibration_tokens=300", "--set", "r=4", "--set", "principal_rank=4"]
 CRISP = ["--set", "calibration_tokens=300"]
 SEQUENCE = ["--mode", "sequential", "--edits-per-batch", "2"]
-COUNTERFACT = {
-    "subject": "box 0",
-    "target_true": "red",
-    "target_new": "blue",
-    "relation": "P136",
-    "paraphrase_prompts": ["Box 0 has been painted"],
-    "neighborhood_prompts": ["The colour of crate 0 is"],
-    "neighborhood_answers": ["red"],
-}
 
 
 @pytest.fixture
@@ -35,9 +27,7 @@ def edit(tiny_model_dir, tmp_path, capsys):
     """Run `hiplora edit`; return what it said, its record and the names of what it left."""
 
     def edited(edits, *options):
-        given = ("edit", tiny_model_dir, edits, "--out", tmp_path / "out", "--locality", "5", *options)
-        code, said, err = run(capsys, *given)
-        assert code == 0, err
+        said = succeed(capsys, "edit", tiny_model_dir, edits, "--out", tmp_path / "out", "--locality", "5", *options)
         left = {path.name for path in (tmp_path / "out").iterdir()} - {"edit.json", "settings.json", "report.html"}
         return said, json.loads((tmp_path / "out" / "edit.json").read_text()), left
 
@@ -73,7 +63,7 @@ def test_a_run_leaves_an_adapter_that_does_what_was_measured(tiny_model_dir, tmp
 
 
 def test_single_edits_of_a_sample_leave_the_record_alone(tmp_path, edit):
-    rows = [{**COUNTERFACT, "prompt": f"The colour of box {i} is"} for i in range(4)]
+    rows = [{**COUNTERFACT, "prompt": f"The sea around Skye {i} is"} for i in range(4)]
     file = write_jsonl(tmp_path / "cf.jsonl", rows)
     said, record, left = edit(file, "--method", "lora", "--mode", "single", "--sample", "2", "--steps", "3")
     assert not left
@@ -94,8 +84,8 @@ def test_a_page_shows_every_edit_what_the_model_writes_and_what_else_moved(
 ):
     rows = [{"prompt": f"Box {n} is", "new": f"blue<{n}>", "old": "red"} for n in range(3)]
     rows[1]["paraphrase"] = "The second box is"
-    given = ("--method", "lora", "--mode", mode, *options, "--locality", locality, *FAST)
-    said, record, left = edit(write_jsonl(tmp_path / "rows.jsonl", rows), *given)
+    command = ("--method", "lora", "--mode", mode, *options, "--locality", locality, *FAST)
+    said, record, left = edit(write_jsonl(tmp_path / "rows.jsonl", rows), *command)
     assert left == set(record["adapters"]) == adapters
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
     assert record["verdict"] in page
@@ -111,7 +101,7 @@ def test_the_verdict_says_whether_edits_work_and_what_else_moved():
     after = {"all": {"success": 75.0, "paraphrase_success": 50.0, "neighbours_kept": 90.0}}
     summary = {"before": before, "after": after}
     moved = {"questions": 20, "unchanged": 95.0, "accuracy_before": 60.0, "accuracy": 55.0}
-    said = [verdict({"edits": 4, "summary": {**summary, "locality": found}}) for found in (None, moved)]
+    said = [verdict({"edits": 4, "summary": {**summary, "locality": locality}}) for locality in (None, moved)]
     assert [re.findall(r"\d+", text) for text in said] == [
         ["75", "4", "25", "50", "90", "80", "0"],
         ["75", "4", "25", "50", "90", "80", "20", "95", "60", "55"],

@@ -10,6 +10,7 @@ import pytest
 
 from hiplora.evaluation import engine
 from hiplora.evaluation.suite import TASKS
+from tests.calls import watch
 from tests.commands import run
 from tests.golden.make import DATA
 from tests.tiny import save_tiny, tiny_llama, write_jsonl
@@ -67,40 +68,32 @@ def test_lm_eval_itself_gives_the_same_numbers(place, score, tmp_path):
     theirs = json.loads(next(out.rglob("results_*.json")).read_text())["results"]
     _, _, scored = score("--suite", KINDS, "--adapter", "adapter")
     for task in tasks:
-        found, other = scored["runs"]["adapter"][task], theirs[f"hiplora_{task}"]
+        ours, other = scored["runs"]["adapter"][task], theirs[f"hiplora_{task}"]
         metric = scored["tasks"][task]["metrics"]["score"]
-        if "score" in found:
-            assert found["score"]["estimate"] == pytest.approx(100 * other[f"{metric},none"])
-        for extra, value in found.get("others", {}).items():
+        if "score" in ours:
+            assert ours["score"]["estimate"] == pytest.approx(100 * other[f"{metric},none"])
+        for extra, value in ours.get("others", {}).items():
             assert value == pytest.approx(other[f"{extra},none"], rel=1e-4)
 
 
 def test_all_models_are_compared_on_the_same_items_drawn_by_the_seed(score):
-    given = ("--suite", "mmlu", "--adapter", "adapter", "--adapter", "second=other")
-    _, _, whole = score(*given, out="whole.json")
-    found = [score(*given, "--limit", 3, "--seed", seed, out=f"{i}.json")[2] for i, seed in enumerate((5, 5, 6))]
-    chosen = [one["tasks"]["mmlu"]["items"] for one in found]
+    command = ("--suite", "mmlu", "--adapter", "adapter", "--adapter", "second=other")
+    _, _, whole = score(*command, out="whole.json")
+    samples = [score(*command, "--limit", 3, "--seed", seed, out=f"{i}.json")[2] for i, seed in enumerate((5, 5, 6))]
+    chosen = [one["tasks"]["mmlu"]["items"] for one in samples]
     assert chosen[0] == chosen[1] != chosen[2]
     for name in ("base", "adapter", "second"):
-        every, some = (one["runs"][name]["mmlu"]["likelihood"]["items"] for one in (whole, found[0]))
+        every, some = (one["runs"][name]["mmlu"]["likelihood"]["items"] for one in (whole, samples[0]))
         assert some == pytest.approx([every[i] for i in chosen[0]], rel=1e-4)
     differences = [(row["of"], row["against"]) for row in whole["differences"]["mmlu"]["likelihood"]]
     assert differences == [("adapter", "base"), ("second", "base"), ("second", "adapter")]
 
 
 def test_an_interrupted_evaluation_goes_on(score, tmp_path, monkeypatch):
-    inner, calls = engine.Engine.score, []
-
-    def fails_at_the_adapter(self, model, *args, **kwargs):
-        calls.append(type(model).__name__)
-        if len(calls) == 2:
-            raise RuntimeError("stopped")
-        return inner(self, model, *args, **kwargs)
-
-    monkeypatch.setattr(engine.Engine, "score", fails_at_the_adapter)
-    given = ("--suite", "lambada", "--adapter", "adapter")
-    assert score(*given)[0] == 1
-    assert score(*given)[0] == 0
+    calls = watch(monkeypatch, engine.Engine, "score", 2, RuntimeError("stopped"))
+    command = ("--suite", "lambada", "--adapter", "adapter")
+    assert score(*command)[0] == 1
+    assert score(*command)[0] == 0
     assert len(calls) == 3  # the base, the adapter that was interrupted, and that adapter again
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load
 from hiplora import HipLoraConfig
 from hiplora.spectral import cache
 from hiplora.tuner import hip_layers
-from tests.commands import run
+from tests.commands import succeed
 from tests.tiny import save_tiny
 from tests.unit.adapters.samples import base_model, save_tiny_gpt2
 
@@ -30,13 +30,7 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture
 def factorize(capsys, root):
     """Run the command; return its record."""
-
-    def factorize(*arguments):
-        code, said, errors = run(capsys, "factorize", *arguments, "--json")
-        assert code == 0, errors
-        return json.loads(said)
-
-    return factorize
+    return lambda *arguments: json.loads(succeed(capsys, "factorize", *arguments, "--json"))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from hiplora.evaluation import BaseReference, measure_drift
 from hiplora.evaluation.answers import chat_prompt, continuations
 from hiplora.evaluation.mounting import load_model, mounted
-from tests.commands import run
+from tests.commands import succeed
 from tests.tiny import tiny_llama, write_jsonl
 
 ADAPTED = ("--adapter", "{adapter}")
@@ -28,18 +28,12 @@ def adapter(tmp_path):
 @pytest.fixture
 def command(tiny_model_dir, adapter, capsys):
     """Run a command on the model with the adapter; return what it said."""
-
-    def ran(name, *options):
-        code, said, err = run(capsys, name, tiny_model_dir, "--adapter", adapter, *options)
-        assert code == 0, err
-        return said
-
-    return ran
+    return lambda name, *options: succeed(capsys, name, tiny_model_dir, "--adapter", adapter, *options)
 
 
 def test_answers_are_those_of_each_model_with_the_differences_marked(tiny_model_dir, command, adapter):
-    given = ("generate", "--prompt", "Why?", "--tokens", 8)
-    record = json.loads(command(*given, "--json"))
+    options = ("generate", "--prompt", "Why?", "--tokens", 8)
+    record = json.loads(command(*options, "--json"))
     assert (record["schema"], record["kind"]) == (1, "answers")
     (row,) = record["prompts"]
     model, tokenizer = load_model(str(tiny_model_dir))
@@ -47,8 +41,8 @@ def test_answers_are_those_of_each_model_with_the_differences_marked(tiny_model_
     with mounted(model, adapter) as adapted:
         assert row["answers"]["mine"] == continuations(adapted, tokenizer, [prompt], 8)[0]
     assert row["answers"]["mine"] != row["answers"]["base"] == continuations(model, tokenizer, [prompt], 8)[0]
-    assert "[" in command(*given).partition("mine: ")[2]
-    raw = json.loads(command(*given, "--raw", "--json"))
+    assert "[" in command(*options).partition("mine: ")[2]
+    raw = json.loads(command(*options, "--raw", "--json"))
     assert raw["prompts"][0]["answers"]["base"] == continuations(model, tokenizer, ["Why?"], 8)[0]
 
 
@@ -70,14 +64,14 @@ def test_in_a_chat_each_model_continues_its_own_conversation(tiny_model_dir, com
 def test_drift_is_what_is_measured_and_the_text_may_be_ones_own(tiny_model_dir, command, adapter, tmp_path):
     text = tmp_path / "prose.txt"
     text.write_text("The harbour master writes down every ship that comes in. " * 3)
-    given = ("drift", "--text", text, "--tokens", 60)
+    options = ("drift", "--text", text, "--tokens", 60)
     model, tokenizer = load_model(str(tiny_model_dir))
     reference = BaseReference.build(model, tokenizer, {"a": text.read_text()}, max_tokens=60)
     with mounted(model, adapter) as adapted:
         expected = measure_drift(adapted, reference)["a"]
     assert 0 < expected.greedy_changed <= 1
-    assert json.loads(command(*given, "--json"))["drift"]["mine"]["prose.txt"] == pytest.approx(expected.as_dict())
-    said = command(*given)
+    assert json.loads(command(*options, "--json"))["drift"]["mine"]["prose.txt"] == pytest.approx(expected.as_dict())
+    said = command(*options)
     assert f"{expected.greedy_changed:.1%}" in said
     assert f"hiplora protect {adapter}" in said
 
@@ -100,6 +94,5 @@ EDITED = ("builtin", "--limit", 1, "--steps", 1, "--locality", 0, "--method", "l
 def test_the_last_line_is_the_next_command(tiny_model_dir, adapter, tmp_path, capsys, name, options, next_command):
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Why?", "completion": " So."}])
     places = {"model": tiny_model_dir, "adapter": adapter, "data": data, "out": tmp_path / "out"}
-    code, said, err = run(capsys, name, tiny_model_dir, *(str(option).format(**places) for option in options))
-    assert code == 0, err
+    said = succeed(capsys, name, tiny_model_dir, *(str(option).format(**places) for option in options))
     assert said.splitlines()[-1].partition("   (")[0] == f"next: hiplora {next_command.format(**places)}"

@@ -38,18 +38,18 @@ COMMANDS = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def place(tmp_path_factory):
     """A folder with a base model, an adapter, and data."""
-    made = tmp_path_factory.mktemp("made")
+    place = tmp_path_factory.mktemp("inputs")
     for folder in ("d", "cache/models/smollm2-135m"):
-        (made / folder).mkdir(parents=True)
-    save_tiny(made / "base")
+        (place / folder).mkdir(parents=True)
+    save_tiny(place / "base")
     for name in ("d/rows.jsonl", "other.jsonl"):
-        write_jsonl(made / name, [{"prompt": f"question {row}", "completion": "answer"} for row in range(20)])
-    base = AutoModelForCausalLM.from_pretrained(made / "base")
-    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["up_proj"])).save_pretrained(made / "adapter")
+        write_jsonl(place / name, [{"prompt": f"question {row}", "completion": "answer"} for row in range(20)])
+    base = AutoModelForCausalLM.from_pretrained(place / "base")
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["up_proj"])).save_pretrained(place / "adapter")
     for name in ("adapter", "lr=1e-3"):
-        shutil.copytree(made / "adapter", made / "x" / name)
+        shutil.copytree(place / "adapter", place / "x" / name)
     texts = {
         "d/text.txt": "text to measure on",
         "d/suite.yaml": "tasks: [rows.jsonl]",
@@ -57,8 +57,8 @@ def made(tmp_path_factory):
         "d/edits.json": '[{"prompt": "The capital is", "new": "here"}]',
     }
     for name, text in texts.items():
-        (made / name).write_text(text)
-    return made
+        (place / name).write_text(text)
+    return place
 
 
 def contents(folder):
@@ -67,15 +67,15 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_overwrite_spares_every_input(command, made, monkeypatch, capsys):
-    monkeypatch.chdir(made)
-    monkeypatch.setenv("HIPLORA_CACHE", str(made / "cache"))
-    before = contents(made)
+def test_overwrite_spares_every_input(command, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HIPLORA_CACHE", str(place / "cache"))
+    before = contents(place)
     code, _, err = run(capsys, *command, "--overwrite")
     assert (code, "would delete" in err) == (2, True), err
-    assert contents(made) == before
+    assert contents(place) == before
 
 
-def test_what_is_no_input_is_no_obstacle(made, monkeypatch):
-    monkeypatch.chdir(made)
+def test_what_is_no_input_is_no_obstacle(place, monkeypatch):
+    monkeypatch.chdir(place)
     assert inputs({"method": "d", "recipe": "d", "data": "d", "out": "d", "model": "other.jsonl" * 99}) == {}

@@ -123,11 +123,11 @@ def test_a_name_that_is_no_task_is_reported_where_others_are(place, tmp_path, ca
 
 
 def test_a_check_that_goes_on_from_one_by_other_rules_has_its_own_rules_only(place, tmp_path, monkeypatch):
-    given = (*owned(place), "--suite", "mmlu,scienceqa", "--data", place / "data", "--limit", "4")
+    command = (*owned(place), "--suite", "mmlu,scienceqa", "--data", place / "data", "--limit", "4")
     with monkeypatch.context() as patch:
         patch.setattr(Partial, "remove", lambda store: None)
-        run("merge-check", *given, "--method", "ties", "--out", tmp_path / "check")
-    run("merge-check", *given, "--out", tmp_path / "check", "--overwrite")
+        run("merge-check", *command, "--method", "ties", "--out", tmp_path / "check")
+    run("merge-check", *command, "--out", tmp_path / "check", "--overwrite")
     record = json.loads((tmp_path / "check" / "merge-check.json").read_text())
     assert list(record["runs"]) == ["base", "mmlu", "scienceqa", "addition"]
 

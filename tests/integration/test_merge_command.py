@@ -10,14 +10,12 @@ from hiplora.adapters import read_update
 from hiplora.cli import merge as command
 from hiplora.merge_check import drift_of_merge
 from hiplora.merging import RULES, merge
-from tests.commands import run
+from tests.commands import quietly
 from tests.unit.adapters.samples import assert_is, base_model, weighted_sum
 
 
 def merged(capsys, *arguments):
-    code, out, err = run(capsys, "merge", *arguments, "--json")
-    assert (code, err) == (0, "")
-    return json.loads(out)
+    return json.loads(quietly(capsys, "merge", *arguments, "--json"))
 
 
 def test_the_example_of_the_help_runs(adapters, tmp_path, monkeypatch, capsys):
@@ -29,9 +27,7 @@ def test_the_example_of_the_help_runs(adapters, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
     for name, adapter in (("medicine", "one"), ("law", "lora")):
         (tmp_path / "runs" / name).symlink_to(adapters[adapter])
-    code, out, err = run(capsys, *example[1:])
-    assert (code, err) == (0, "")
-    assert "addition of 2 adapters" in out
+    assert "addition of 2 adapters" in quietly(capsys, *example[1:])
     expected = weighted_sum([read_update(adapters["one"]), read_update(adapters["lora"])], [1, 0.5])
     assert_is(read_update(tmp_path / "runs" / "both"), expected, rtol=1e-4)
 
@@ -41,9 +37,9 @@ def test_a_dense_rule_writes_a_model_and_says_how_it_was_made(adapters, tmp_path
     how = ["--method", "dare", "--weights", " 1, 0.5 ,2", "--set", "density=0.4"]
     record = merged(capsys, *parts, "--out", tmp_path / "out", *how)
     written = json.loads((tmp_path / "out" / "export.json").read_text())["merge"]
-    for found in (record, written):
-        assert (found["method"], found["weights"]) == ("dare", [1.0, 0.5, 2.0])
-        assert found["options"] == RULES["dare"].defaults | {"density": 0.4}
+    for merge_record in (record, written):
+        assert (merge_record["method"], merge_record["weights"]) == ("dare", [1.0, 0.5, 2.0])
+        assert merge_record["options"] == RULES["dare"].defaults | {"density": 0.4}
     assert record["export"]["to"] == "dense"
     expected = merge(parts, "dare", (1, 0.5, 2), options={"density": 0.4})
     before, after = base_model(adapters.base), base_model(tmp_path / "out")
@@ -64,8 +60,7 @@ def test_a_merge_is_cut_down_and_what_is_lost_is_said(adapters, tmp_path, capsys
     assert min(losses.values()) > 1e-3
     written = json.loads((tmp_path / "out" / "export.json").read_text())
     assert written["merge"]["truncation"] == record["truncation"]
-    code, out, err = run(capsys, "merge", *how, "--out", tmp_path / "table")
-    assert (code, err) == (0, "")
+    out = quietly(capsys, "merge", *how, "--out", tmp_path / "table")
     worst = record["truncation"]["modules"][0]
     assert all(said in out for said in ("Cut down to rank 4", f"{worst['relative_error']:.1%}", worst["module"]))
 
@@ -73,12 +68,16 @@ def test_a_merge_is_cut_down_and_what_is_lost_is_said(adapters, tmp_path, capsys
 @pytest.mark.parametrize(
     ("name", "scale", "verdict"), [("one", 1e-3, "hardly disturb"), ("lora", 0.1, "change the same things")]
 )
-def test_an_adapter_merged_with_itself_breaks_nothing_new(adapters, name, scale, verdict):
+def test_an_adapter_merged_with_itself_breaks_nothing_new_and_one_alone_is_not_compared(
+    adapters, name, scale, verdict
+):
+    update = read_update(adapters[name])
+    assert drift_of_merge({name: update}, [1.0], update)["verdict"].endswith("of its top tokens change).")
     for times in (2, 3):
         same = {str(number): read_update(adapters[name]).scaled(scale) for number in range(times)}
-        found = drift_of_merge(same, [1.0] * times, merge(list(same.values())))
-        assert verdict in found["verdict"]
-        assert ("no more than rounding" in found["verdict"]) == (scale < 0.01)
+        drift = drift_of_merge(same, [1.0] * times, merge(list(same.values())))
+        assert verdict in drift["verdict"]
+        assert ("no more than rounding" in drift["verdict"]) == (scale < 0.01)
     larger = merge(list(same.values())).scaled(1 / scale)
     assert "breaks what none" in drift_of_merge(same, [1.0] * times, larger)["verdict"]
 
@@ -107,8 +106,3 @@ def test_the_page_of_adapters_that_do_not_meet_says_so(adapters, tmp_path, capsy
     merged(capsys, adapters["one"], adapters["mlp"], "--out", tmp_path / "out", "--no-drift", "--html", page)
     assert "No module is changed by two adapters." in page.read_text()
     assert "Modules that conflict most" not in page.read_text()
-
-
-def test_a_merge_of_one_adapter_has_nothing_to_be_compared_with(adapters):
-    update = read_update(adapters["one"])
-    assert drift_of_merge({"one": update}, [1.0], update)["verdict"].endswith("of its top tokens change).")

@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from hiplora.cli.common import next_step
 from hiplora.models import model_dir
 from hiplora.tuner import default_targets
-from tests.commands import run
+from tests.commands import succeed
 from tests.models.zoo import CASE
-from tests.tiny import tiny_tokenizer, write_jsonl
+from tests.tiny import save_with_tokenizer, write_jsonl
 
 BOTH_RULES = ("--method", "addition", "--method", "ties", "--set", "density=0.5")
 SHORT = ("--steps", "2", "--max-length", "64", "--out", "out")
@@ -57,40 +57,28 @@ def place(adapters, tiny_model_dir, tmp_path, monkeypatch):
     ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else value,
 )
 def test_a_command_ends_with_the_next_one(place, capsys, command, follows):
-    code, said, err = run(capsys, *command)
-    assert code == 0, err
+    said = succeed(capsys, *command)
     printed = [shlex.split(words) for words in re.findall(r"^[\w ]+: +hiplora (.*?)(?:   \(.*)?$", said, re.MULTILINE)]
     assert [words[0] for words in printed] == follows.split()
     for words in printed:
-        code, _, err = run(capsys, *words, *(["--dry-run"] if words[0] == "train" else []))
-        assert code == 0, err
+        succeed(capsys, *words, *(["--dry-run"] if words[0] == "train" else []))
 
 
 @pytest.mark.parametrize(
-    ("name", "servers", "follow"),
-    [("BERT", [], ["inspect", "export"]), ("GPT-2", ["vllm"], ["generate", "protect"])],
+    ("name", "servers", "follow"), [("BERT", [], ["inspect", "export"]), ("GPT-2", ["vllm"], ["generate", "protect"])]
 )
 def test_the_next_command_and_the_cards_servers_are_for_the_kind_of_model(name, servers, follow, tmp_path, capsys):
     case = CASE[name]
     base, adapter, out = (str(tmp_path / part) for part in ("base", "adapter", "out"))
-    for part in (case.make(), tiny_tokenizer()):
-        part.save_pretrained(base)
+    save_with_tokenizer(case.make(), base)
     model = getattr(transformers, case.auto).from_pretrained(base)
     config = LoraConfig(r=2, target_modules=default_targets(model), init_lora_weights=False)
     get_peft_model(model, config).save_pretrained(adapter)
-    ends = []
-    for command in (["export", adapter, "--to", "lora", "--out", out], ["inspect", adapter]):
-        code, said, err = run(capsys, *command)
-        assert code == 0, err
-        ends.append(said.splitlines()[-1].split()[2])
-    assert ends == follow
+    commands = (["export", adapter, "--to", "lora", "--out", out], ["inspect", adapter])
+    assert [succeed(capsys, *command).splitlines()[-1].split()[2] for command in commands] == follow
     card = Path(out, "README.md").read_text(encoding="utf-8")
     assert [word for word in ("vllm", "llama-server") if f"\n{word}" in card] == servers
 
 
 def test_a_model_that_needs_no_hub_is_called_by_its_name():
     assert next_step("hiplora", "chat", model_dir("smollm2-135m")) == "next: hiplora chat smollm2-135m"
-
-
-def test_json_has_no_such_line(place, capsys):
-    assert "next:" not in run(capsys, "inspect", "lora", "--json")[1]

@@ -12,7 +12,7 @@ from hiplora.evaluation.mounting import holding
 from hiplora.models import load
 from hiplora.probing import correlation, directions_of, intervened
 from hiplora.probing import run as probe_run
-from tests.commands import run
+from tests.commands import quietly
 from tests.tiny import tiny_tokenizer
 from tests.unit.adapters.samples import base_model, save_tiny_gpt2
 
@@ -29,12 +29,11 @@ def prose(tmp_path, monkeypatch):
 
 
 def probed(capsys, model, out, prose, *arguments):
-    given = ("--text", prose, "--tokens", 60, "--directions", 3, *arguments)
-    code, said, err = run(capsys, "probe", model, "--out", out, *given, "--json")
-    assert (code, err) == (0, "")
-    shown, kept = json.loads(said), json.loads((out / "probe.json").read_text())
-    assert shown == {"out": str(out), **{key: value for key, value in kept.items() if key != "records"}}
-    return kept
+    options = ("--text", prose, "--tokens", 60, "--directions", 3, *arguments, "--json")
+    shown = json.loads(quietly(capsys, "probe", model, "--out", out, *options))
+    record = json.loads((out / "probe.json").read_text())
+    assert shown == {"out": str(out), **{key: value for key, value in record.items() if key != "records"}}
+    return record
 
 
 def test_every_direction_is_measured_under_every_intervention(tiny_model_dir, prose, tmp_path, capsys):
@@ -64,11 +63,11 @@ def test_every_direction_is_measured_under_every_intervention(tiny_model_dir, pr
 )
 def test_the_verdict_is_what_the_intervals_say(intervals, drop, said):
     rows = [{"kind": "flip", "index": i, "module": "q", "drop": {"kl": kl}} for i, kl in ((2, 0.1), (3, drop))]
-    found = [
+    correlations = [
         {"metric": "kl", "type": "all", "kind": kind, "spearman": {"estimate": 0.5, "low": low, "high": high}}
         for kind, (low, high) in zip(("zero", "flip"), intervals, strict=True)
     ]
-    assert said in probe_run.verdict(rows, found)
+    assert said in probe_run.verdict(rows, correlations)
 
 
 def test_a_drop_is_the_drift_of_the_intervened_model(tiny_model_dir, prose, tmp_path, capsys):
@@ -79,10 +78,10 @@ def test_a_drop_is_the_drift_of_the_intervened_model(tiny_model_dir, prose, tmp_
     (direction,) = directions_of(model, [row["module"]], 1)
     weights = {f"{row['module']}.weight": model.get_submodule(row["module"]).weight}
     with intervened(model, direction, -2.0):
-        found = measure_drift(model, reference, lambda: holding(model, weights))["a"]
-    assert row["drop"]["kl"] == pytest.approx(found.kl, rel=1e-4)
+        drift = measure_drift(model, reference, lambda: holding(model, weights))["a"]
+    assert row["drop"]["kl"] == pytest.approx(drift.kl, rel=1e-4)
     assert row["drop"]["kl"] > 0
-    ratio = torch.tensor(found.perplexity_ratio)
+    ratio = torch.tensor(drift.perplexity_ratio)
     assert row["drop"]["log_perplexity"] == pytest.approx(ratio.log().item(), rel=1e-3)
 
 

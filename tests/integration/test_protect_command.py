@@ -3,12 +3,11 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from hiplora.adapters import read_update
 from tests import reference
-from tests.commands import run
-from tests.tiny import save_tiny, tiny_tokenizer, write_jsonl
+from tests.commands import quietly, run
+from tests.tiny import save_tiny, save_with_tokenizer, tiny_mixture, tiny_tokenizer, write_jsonl
 from tests.unit.adapters.samples import base_model, edit_tensors, leaky, logits, saved
 
 PROSE = "The harbour master writes down every ship that comes in, and what it carries, and from where. " * 12
@@ -24,16 +23,13 @@ def files(tmp_path):
     return tmp_path
 
 
-def protect(capsys, files, adapter, *more, tokens=600, rank=8):
+def command(files, adapter, *more, tokens=600, rank=8):
     texts = ["--text", files / "text.txt", "--drift-text", files / "drift.txt", "--tokens", tokens]
-    out = ["--out", files / "out", "--principal-rank", rank]
-    return run(capsys, "protect", adapter, *out, *texts, *more)
+    return ["protect", adapter, "--out", files / "out", "--principal-rank", rank, *texts, *more]
 
 
-def protected(*arguments, **options):
-    code, out, err = protect(*arguments, "--overwrite", "--json", **options)
-    assert (code, err) == (0, "")
-    return json.loads(out)
+def protected(capsys, *arguments, **options):
+    return json.loads(quietly(capsys, *command(*arguments, "--overwrite", "--json", **options)))
 
 
 def test_the_record_holds_the_drift_of_adapter_and_result_and_the_cost(adapters, files, capsys, tiny_model_dir):
@@ -57,7 +53,7 @@ def test_the_record_holds_the_drift_of_adapter_and_result_and_the_cost(adapters,
 
 def test_everything_taken_away_is_the_base_model(adapters, files, tiny_model_dir, capsys):
     record = protected(capsys, files, adapters["one"], rank=64)
-    assert {found["kl"] for found in record["drift"]["after"].values()} == {0.0}
+    assert {drift["kl"] for drift in record["drift"]["after"].values()} == {0.0}
     assert any("the result is the base model" in note for note in record["notes"])
     model = PeftModel.from_pretrained(base_model(tiny_model_dir), files / "out").eval()
     assert torch.equal(logits(model), logits(base_model(tiny_model_dir)))
@@ -86,21 +82,17 @@ def test_an_adapter_that_cannot_be_protected_is_refused_in_a_line(adapters, tiny
         (adapters["lora"], ["--principal-rank", "100"], 2, "principal_rank 100 (here 100) exceeds the 64"),
         (adapters["one"], ["--base", other], 1, "not the one that this adapter was made for"),
     ):
-        code, out, err = protect(capsys, files, folder, *more)
+        code, out, err = run(capsys, *command(files, folder, *more))
         assert (code, out, why in err, "Traceback" in err) == (expected, "", True, False)
         assert not (files / "out").exists()
 
 
 def test_the_experts_and_the_router_of_a_mixture_are_protected_too(files, capsys, tmp_path):
-    sizes = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "head_dim": 16}
-    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    base = tmp_path / "base"
-    MixtralForCausalLM(MixtralConfig(**sizes, **experts)).save_pretrained(base)
-    tiny_tokenizer().save_pretrained(base)
+    base = save_with_tokenizer(tiny_mixture(num_hidden_layers=1), tmp_path / "base")
     folder, _ = saved(base, tmp_path / "a", LoraConfig(r=3, target_modules="all-linear"))
     record = protected(capsys, files, folder)
     shares = {row["module"].rpartition("mlp.")[2]: row["norm_share"] for row in record["modules"]}
     assert {"gate", "experts.down_proj.0", "experts.gate_up_proj.1"} < shares.keys()
     assert 0 < shares["gate"] < 1
-    code, _, err = protect(capsys, files, folder, "--mask", "joint", "--overwrite")
+    code, _, err = run(capsys, *command(files, folder, "--mask", "joint", "--overwrite"))
     assert (code, "mlp.gate: is no linear layer" in err, "--mask inputs" in err) == (2, True, True)

@@ -45,9 +45,9 @@ def few(folder, *more):
 
 def results(folder):
     opened = open_study(load_study("pico", FEW), folder, None)
-    found = {f"{job.name} {job.key}": opened.store.result(job) for job in opened.graph}
-    assert None not in found.values()
-    return found
+    stored = {f"{job.name} {job.key}": opened.store.result(job) for job in opened.graph}
+    assert None not in stored.values()
+    return stored
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,9 @@ def undisturbed(tmp_path_factory):
 def test_the_whole_study_has_the_golden_numbers_and_is_continued_elsewhere(tmp_path, capsys):
     done = subprocess.run(command(tmp_path / "study", CODE, "--json"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert (told["left"], told["failed"], told["missing_files"]) == (0, {}, [])
-    assert set(told["kinds"]) == KINDS
+    record = json.loads(done.stdout)
+    assert (record["left"], record["failed"], record["missing_files"]) == (0, {}, [])
+    assert set(record["kinds"]) == KINDS
     for name in ("status", "plan"):
         code, out, _ = run(capsys, "study", name, "pico", "--out", tmp_path / "study", "--json")
         assert (code, json.loads(out)["left"]) == (0, 0)
@@ -74,8 +74,8 @@ def test_the_whole_study_has_the_golden_numbers_and_is_continued_elsewhere(tmp_p
     records = tmp_path / "study" / "report" / "records.jsonl.gz"
     out = tmp_path / "new"
     code, out, _ = run(capsys, "study", "run", "pico", "--out", out, "--reuse", records, CODE, "--json")
-    told = json.loads(out)
-    assert (code, told["left"], told["taken"]) == (0, 0, told["jobs"])
+    record = json.loads(out)
+    assert (code, record["left"], record["taken"]) == (0, 0, record["jobs"])
     assert not (tmp_path / "new" / "artifacts").exists()
 
 

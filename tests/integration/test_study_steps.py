@@ -27,9 +27,9 @@ def base(tmp_path_factory):
 def context(base, tmp_path, monkeypatch):
     """A worker's context; afterwards its model must be the bare base, bit for bit."""
     (model, tokenizer), before = base
-    found = Context(Place(tmp_path / "study", "pico", PICO_DATA))
-    monkeypatch.setattr(found, "_model", (model, tokenizer))
-    yield found
+    worker = Context(Place(tmp_path / "study", "pico", PICO_DATA))
+    monkeypatch.setattr(worker, "_model", (model, tokenizer))
+    yield worker
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -41,7 +41,7 @@ def job(kind, settings, name="", **needs):
     return Job(kind, KINDS[kind].version, name or f"{kind} it", settings, needs)
 
 
-def found(context, one):
+def record_of(context, one):
     if run_job(one, context) == "failed":
         pytest.fail(context.store.failure(one)["traceback"])
     return json.loads(json.dumps(context.store.record(one)))
@@ -63,7 +63,7 @@ def test_factors_are_computed_once_and_found_by_the_training_after(context, basi
     method = {"name": "proj_lora", "principal_rank": 4, "basis": basis, "r": 2}
     if basis == "activation":
         method |= {"calibration_text": "wikitext2_raw_valid.jsonl", "calibration_tokens": 300}
-    first, again = (found(context, job("factorize", {"method": method, "n": n})) for n in range(2))
+    first, again = (record_of(context, job("factorize", {"method": method, "n": n})) for n in range(2))
     assert first["result"] == again["result"]
     assert (first["timing"]["reused"], again["timing"]["reused"]) == (False, True)
     result = first["result"]
@@ -74,15 +74,15 @@ def test_factors_are_computed_once_and_found_by_the_training_after(context, basi
     def entries():
         return sorted(p for p in (tmp_path / "cache").rglob("*.safetensors") if "models" not in p.parts)
 
-    kept = entries()
-    assert kept
-    found(context, job("train", {"recipe": recipe(method, steps=1)}))
-    assert entries() == kept
+    before = entries()
+    assert before
+    record_of(context, job("train", {"recipe": recipe(method, steps=1)}))
+    assert entries() == before
 
 
 def test_speed_is_measured_in_a_process_of_its_own(context):
     assert KINDS["speed"].alone
-    record = found(context, job("speed", {"recipe": recipe(LORA), "warmup": 2, "steps": 4}))
+    record = record_of(context, job("speed", {"recipe": recipe(LORA), "warmup": 2, "steps": 4}))
     assert record["result"]["parameters"] == sum(4 * (m + 64) for m in (64, 32, 32, 64)) * 2
     timing = record["timing"]
     assert timing["step_seconds_median"] > 0
@@ -92,13 +92,13 @@ def test_speed_is_measured_in_a_process_of_its_own(context):
 
 def test_a_rate_that_diverges_is_a_result_and_another_one_is_chosen(context):
     good, bad = (job("train", {"recipe": recipe(LORA, lr)}, f"train at {lr}") for lr in (1e-3, 1e30))
-    assert found(context, good)["result"]["held_out_after"] > 0
-    lost = found(context, bad)["result"]
+    assert record_of(context, good)["result"]["held_out_after"] > 0
+    lost = record_of(context, bad)["result"]
     assert list(lost) == ["diverged"]
     assert "train at 1e+30" in lost["diverged"]
     candidates = [{"value": lr, "needs": [name]} for lr, name in ((1e-3, "good"), (1e30, "bad"))]
     asked = {"field": "held_out_after", "candidates": candidates}
-    chosen = found(context, job("collect", asked, good=good, bad=bad))["result"]
+    chosen = record_of(context, job("collect", asked, good=good, bad=bad))["result"]
     assert (chosen["value"], chosen["tried"][1]["mean"]) == (1e-3, None)
     context.store.finish(other := job("train", {"recipe": recipe(LORA, 2e30)}), {"held_out_after": 1.0}, {}, False)
     assert run_job(other, context) == "failed"

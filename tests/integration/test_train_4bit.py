@@ -76,7 +76,7 @@ def test_what_transformers_is_asked_for_is_qloras_format(tiny_model_dir, monkeyp
 
 def test_names_of_other_tools_are_answered_with_ours(tiny_model_dir, tmp_path, capsys):
     rows = small_rows(tmp_path / "rows.jsonl")
-    given = [word for name in ("load_in_4bit", "train.load_in_8bit") for word in ("--set", f"{name}=true")]
-    code, _, err = run(capsys, "train", "--model", tiny_model_dir, "--data", rows, *given, "--dry-run")
+    options = [word for name in ("load_in_4bit", "train.load_in_8bit") for word in ("--set", f"{name}=true")]
+    code, _, err = run(capsys, "train", "--model", tiny_model_dir, "--data", rows, *options, "--dry-run")
     assert code == ConfigError.exit_code
     assert err.count("did you mean `train.load_in_4bit`?") == 2

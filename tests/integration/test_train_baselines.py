@@ -35,14 +35,14 @@ def test_the_steps_are_those_of_pefts_own_loop(recipe, tmp_path, tiny_model_dir)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AdapterTrainer, "training_step", training_step)
         method = {**METHOD, "lora_dropout": 0.0}
-        made = recipe(method, batch_size=1, packing=False, warmup_ratio=0, steps=6, weight_decay=0.1)
-        result = train(made, tmp_path / "out")
-    set_seed(made.seed)
+        asked = recipe(method, batch_size=1, packing=False, warmup_ratio=0, steps=6, weight_decay=0.1)
+        result = train(asked, tmp_path / "out")
+    set_seed(asked.seed)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    set_seed(made.seed)
-    model = peft.get_peft_model(model, made.method.peft_config(6))
+    set_seed(asked.seed)
+    model = peft.get_peft_model(model, asked.method.peft_config(6))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=made.train.lr, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(parameters, lr=asked.train.lr, weight_decay=0.1)
     losses = []
     for step, inputs in enumerate(seen):
         loss = model(**inputs).loss

@@ -101,8 +101,8 @@ def test_the_recipe_that_init_writes_is_one_and_finds_what_it_was_given(
 ):
     monkeypatch.chdir(tmp_path)
     Path("near model").symlink_to(tiny_model_dir)
-    given = ("--model", "near model", "--data", "rows.jsonl", "--out", "own/mine.yaml")
-    code, said, _ = commands.run(capsys, "init", *given)
+    options = ("--model", "near model", "--data", "rows.jsonl", "--out", "own/mine.yaml")
+    code, said, _ = commands.run(capsys, "init", *options)
     assert (code, "next: hiplora train own/mine.yaml" in said) == (0, True)
     assert "lr: 0.0002  # Peak learning rate" in Path("own/mine.yaml").read_text()
     assert run("own/mine.yaml", "--dry-run")[0] == 0

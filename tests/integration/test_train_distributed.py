@@ -38,10 +38,10 @@ def test_two_processes_equal_one_of_the_same_global_batch(tmp_path, tiny_model_d
     command += ["-m", "hiplora", "train", str(file), "--out", str(tmp_path / "double"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)  # one process prints
-    assert (told["steps"], told["tokens"]) == (single.steps, single.tokens)
-    assert told["held_out"] == pytest.approx(single.held_out, rel=1e-4)
-    assert told["final_loss"] == pytest.approx(single.final_loss, rel=1e-4)
+    printed = json.loads(done.stdout)  # one process prints
+    assert (printed["steps"], printed["tokens"]) == (single.steps, single.tokens)
+    assert printed["held_out"] == pytest.approx(single.held_out, rel=1e-4)
+    assert printed["final_loss"] == pytest.approx(single.final_loss, rel=1e-4)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("single", "double"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():

@@ -93,8 +93,8 @@ def test_a_kill_at_any_moment_leaves_a_run_that_carries_on(recipe_file, whole, t
         train(load_recipe(recipe_file), tmp_path / "out")
 
     assert in_child(tmp_path / "log", work) == (None, signal.SIGKILL)
-    found = last_checkpoint(tmp_path / "out" / "checkpoints")
-    assert (int(found.name.rpartition("-")[2]) if found else None) == last
+    checkpoint = last_checkpoint(tmp_path / "out" / "checkpoints")
+    assert (int(checkpoint.name.rpartition("-")[2]) if checkpoint else None) == last
     assert_carries_on(recipe_file, tmp_path / "out", whole)
 
 

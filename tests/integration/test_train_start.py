@@ -55,11 +55,11 @@ def recipe(tiny_model_dir, folder):
 def first(recipe, folder):
     """The adapter of the first task, of each method made once."""
 
-    def made(method):
+    def adapter_of(method):
         out = folder / f"first-{method}"
         return out if out.exists() else train(recipe(method), out).adapter
 
-    return made
+    return adapter_of
 
 
 def update(out, base_dir):
@@ -78,12 +78,12 @@ def largest(one, other=None):
 def test_a_training_that_hardly_moves_ends_at_the_adapter_that_it_was_given(
     recipe, first, tmp_path, tiny_model_dir, method
 ):
-    given = first(method)
-    result = train(recipe(method, 1, given, lr=1e-12, weight_decay=0, steps=2), tmp_path / "out")
-    there, here = update(given, tiny_model_dir), update(result.adapter, tiny_model_dir)
+    start = first(method)
+    result = train(recipe(method, 1, start, lr=1e-12, weight_decay=0, steps=2), tmp_path / "out")
+    there, here = update(start, tiny_model_dir), update(result.adapter, tiny_model_dir)
     assert largest(there) > 1e-3
     assert largest(here, there) < 1e-6
-    old, new = ({name: value.shape for name, value in tensors(out).items()} for out in (given, result.adapter))
+    old, new = ({name: value.shape for name, value in tensors(out).items()} for out in (start, result.adapter))
     assert (old != new) == (method == "activation")  # which is widened
 
 
@@ -110,12 +110,12 @@ def test_a_widened_training_adds_a_part_that_keeps_out_of_what_the_finished_task
 
 
 def test_a_widened_training_needs_the_rows_of_the_finished_task_and_no_other_file_of_it(recipe, first, tmp_path):
-    given = Path(shutil.copytree(first("activation"), tmp_path / "given"))
-    values = yaml.safe_load((given / "recipe.yaml").read_text())
+    start = Path(shutil.copytree(first("activation"), tmp_path / "given"))
+    values = yaml.safe_load((start / "recipe.yaml").read_text())
     values["data"] |= {"held_out": "/gone.jsonl", "held_out_fraction": None}
     values["train"]["start_from"] = "/gone"
-    (given / "recipe.yaml").write_text(yaml.safe_dump(values))
-    assert train(recipe("activation", 1, given, steps=1), tmp_path / "out").steps == 1
+    (start / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert train(recipe("activation", 1, start, steps=1), tmp_path / "out").steps == 1
 
 
 def test_no_padding_is_measured_after_an_answer_that_a_chat_models_own_token_ends(first):
@@ -144,27 +144,27 @@ def test_a_widened_training_has_no_base_to_measure_drift_from(recipe, first):
 def test_training_on_changes_the_adapter_and_lowers_the_new_tasks_loss(
     recipe, first, tmp_path, tiny_model_dir, method
 ):
-    given = first(method)
-    before = file_sha256(given / "adapter_model.safetensors")
-    result = train(recipe(method, 1, given), tmp_path / "out")
+    start = first(method)
+    before = file_sha256(start / "adapter_model.safetensors")
+    result = train(recipe(method, 1, start), tmp_path / "out")
     assert result.held_out["after"] < result.held_out["before"]
-    assert largest(update(result.adapter, tiny_model_dir), update(given, tiny_model_dir)) > 1e-3
+    assert largest(update(result.adapter, tiny_model_dir), update(start, tiny_model_dir)) > 1e-3
     origin = json.loads((result.adapter / "provenance.json").read_text())["data"]
-    assert origin["start"] == {"folder": given.name, "sha256": before}
-    assert file_sha256(given / "adapter_model.safetensors") == before
-    assert str(given.parent) not in (result.adapter / "README.md").read_text()
+    assert origin["start"] == {"folder": start.name, "sha256": before}
+    assert file_sha256(start / "adapter_model.safetensors") == before
+    assert str(start.parent) not in (result.adapter / "README.md").read_text()
 
 
 def test_the_factors_are_the_given_adapters_and_are_not_measured_again(recipe, first, tmp_path, monkeypatch):
-    given = first("soft")
+    start = first("soft")
     monkeypatch.setattr("hiplora.tuner.calibrate", None)
-    result = train(recipe("soft", 1, given), tmp_path / "out")
-    old, new = tensors(given), tensors(result.adapter)
+    result = train(recipe("soft", 1, start), tmp_path / "out")
+    old, new = tensors(start), tensors(result.adapter)
     kinds = ("hiplora_U", "hiplora_sigma", "hiplora_V", "hiplora_shrink_V")
     factors = [name for name in old if name.endswith(kinds)]
     assert factors
     assert all(torch.equal(old[name], new[name]) for name in factors)
-    configs = [json.loads((out / "adapter_config.json").read_text()) for out in (given, result.adapter)]
+    configs = [json.loads((out / "adapter_config.json").read_text()) for out in (start, result.adapter)]
     assert configs[0]["calibration"] == configs[1]["calibration"] != {}
 
 
@@ -177,25 +177,25 @@ def test_a_killed_run_is_resumed_exactly(recipe, first, tmp_path, method):
 
 
 def test_an_adapter_that_does_not_fit_is_an_error_that_says_what_differs(recipe, first, tmp_path):
-    given, out = first("lora"), tmp_path / "out"
+    start, out = first("lora"), tmp_path / "out"
     with pytest.raises(ConfigError, match="holds another adapter \\(method lora there, pissa here\\)"):
-        train(recipe("pissa", 1, given), out)
+        train(recipe("pissa", 1, start), out)
     other = {"name": "lora", "r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     with pytest.raises(ConfigError, match=r"'v_proj'\] there, \['q_proj'\] here.*method\.r: 16 there, 4 here"):
-        train(recipe(other, 1, given), out)
+        train(recipe(other, 1, start), out)
     asked = recipe("hiplora", 1, first("hiplora")).model_copy(update={"model": str(save_tiny(tmp_path / "m", 5))})
     with pytest.raises(HipLoraError, match="base model's weight is not the one"):
         train(asked, out)
     assert not out.exists()
     with pytest.raises(ConfigError, match=r"would delete train\.start_from"):
-        train(recipe("lora", 1, given), given, overwrite=True)
+        train(recipe("lora", 1, start), start, overwrite=True)
 
 
 def test_another_adapter_under_the_same_name_is_noticed_when_a_run_is_resumed(recipe, first, tmp_path):
-    given = shutil.copytree(first("lora"), tmp_path / "given")
+    start = shutil.copytree(first("lora"), tmp_path / "given")
     with pytest.raises(Stopped):
-        train(recipe("lora", 1, given), tmp_path / "out", callbacks=[StopAt(3)])
-    weights = tensors(given)
-    save_file({name: value * 2 for name, value in weights.items()}, given / "adapter_model.safetensors")
+        train(recipe("lora", 1, start), tmp_path / "out", callbacks=[StopAt(3)])
+    weights = tensors(start)
+    save_file({name: value * 2 for name, value in weights.items()}, start / "adapter_model.safetensors")
     with pytest.raises(ConfigError, match="changed since this run began, or the adapter"):
-        train(recipe("lora", 1, given), tmp_path / "out")
+        train(recipe("lora", 1, start), tmp_path / "out")

@@ -8,14 +8,17 @@ import shlex
 import pytest
 from transformers import MambaConfig
 
+from hiplora import compare as comparison
 from hiplora.errors import ConfigError
 from hiplora.training import load_recipe, train
 from hiplora.tune import TuneSettings, _recipes, _written, summary, tune, within, worst
-from tests.commands import run
+from tests.calls import watch
+from tests.commands import run, succeed
 from tests.tiny import write_jsonl
 
 ROWS = [{"prompt": f"{a} plus {b} is ", "completion": str(a + b)} for a in range(6) for b in range(5)]
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 6
+DRIFTS = [{"max_drift": limit} for limit in (0.0, float("nan"), float("inf"))]
 SIZES = {"rates": (5e-3, 2e-2), "ranks": (2, 4), "steps": 6, "max_length": 64}
 
 
@@ -78,48 +81,26 @@ def test_a_point_over_the_limit_or_worse_than_the_base_is_not_taken(where):
 
 def test_the_command_ends_with_what_comes_next_and_that_works(job, tmp_path, capsys):
     model, data, text = job
-    given = ["tune", data, "--model", model, "--drift-text", text, "--rates", "2e-2", "--steps", "4"]
-    code, said, err = run(capsys, *given, "--max-drift", "100", "--out", tmp_path / "out")
-    assert code == 0, err
+    command = ["tune", data, "--model", model, "--drift-text", text, "--rates", "2e-2", "--steps", "4"]
+    said = succeed(capsys, *command, "--max-drift", "100", "--out", tmp_path / "out")
     last = said.splitlines()[-1].removeprefix("next: hiplora ").partition("   (")[0]
-    code, _, err = run(capsys, *shlex.split(last))
-    assert code == 0, err
-    code, said, _ = run(capsys, *given, "--max-drift", "1e-12", "--out", tmp_path / "none")
-    assert code == 0
-    assert "allow more drift" in said
+    succeed(capsys, *shlex.split(last))
+    assert "allow more drift" in succeed(capsys, *command, "--max-drift", "1e-12", "--out", tmp_path / "none")
     assert not (tmp_path / "none/recipe.yaml").exists()
 
 
 def test_an_interrupted_search_goes_on_where_it_stopped(job, tmp_path, monkeypatch):
     model, data, text = job
     settings = TuneSettings(**{**SIZES, "ranks": (2,)}, drift_text=text)
-    trained, train = [], __import__("hiplora.compare", fromlist=["train"]).train
-
-    def stops_at_the_second(recipe, *given, **named):
-        trained.append(recipe.train.lr)
-        if len(trained) == 2:
-            raise KeyboardInterrupt
-        return train(recipe, *given, **named)
-
-    monkeypatch.setattr("hiplora.compare.train", stops_at_the_second)
+    calls = watch(monkeypatch, comparison, "train", 2)
     with pytest.raises(KeyboardInterrupt):
         tune(model, data, tmp_path / "out", settings)
     results = tune(model, data, tmp_path / "out", settings)
-    assert trained == [5e-3, 2e-2, 2e-2]
+    assert [recipe.train.lr for recipe, *_ in calls] == [5e-3, 2e-2, 2e-2]
     assert len(results["runs"]) == 2
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"rates": ()},
-        {"ranks": ()},
-        {"max_drift": 0.0},
-        {"max_drift": float("nan")},
-        {"max_drift": float("inf")},
-        {"rates": (-1.0,)},
-    ],
-)
+@pytest.mark.parametrize("wrong", [{"rates": ()}, {"rates": (-1.0,)}, {"ranks": ()}, *DRIFTS])
 def test_settings_that_make_no_sense_are_refused_before_anything_is_written(job, tmp_path, wrong):
     with pytest.raises(ConfigError):
         tune(*job[:2], tmp_path / "out", TuneSettings(**{**SIZES, **wrong}))

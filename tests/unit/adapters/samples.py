@@ -138,13 +138,13 @@ def logits(model, prompts=PROMPTS):
 
 def deltas(model):
     """ΔW of every adapted layer, as (out, in), by module name, as PEFT computes it."""
-    found = {}
+    matrices = {}
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer"):
             delta = module.get_delta_weight("default").detach()
             transposed = type(module.base_layer).__name__ == "Conv1D"
-            found[name.removeprefix(PREFIX)] = delta.T if transposed else delta
-    return found
+            matrices[name.removeprefix(PREFIX)] = delta.T if transposed else delta
+    return matrices
 
 
 def product(update, module):
@@ -162,11 +162,11 @@ def assert_is(update, expected, rtol=1e-5, atol=1e-6):
 
 def weighted_sum(updates, weights):
     """Σ w · ΔW by module, dense."""
-    found = {}
+    total = {}
     for update, weight in zip(updates, weights, strict=True):
         for module in update.factors:
-            found[module] = found.get(module, 0) + weight * product(update, module)
-    return found
+            total[module] = total.get(module, 0) + weight * product(update, module)
+    return total
 
 
 def edit_config(folder, **changes):

@@ -32,8 +32,8 @@ from tests.unit.adapters.samples import (
 
 
 def assert_same_model(folder, model, base_dir):
-    found, expected, base = logits(base_model(folder)), logits(model), logits(base_model(base_dir))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    actual, expected, base = logits(base_model(folder)), logits(model), logits(base_model(base_dir))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert (expected - base).abs().max() > 1e-3
 
 

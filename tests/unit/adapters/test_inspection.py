@@ -19,8 +19,8 @@ def test_rows_agree_with_dense_projectors_on_the_full_svd(adapters, name, rank):
         delta = expected[row["module"]].double()
         U, sigma, V = reference.dense_svd(weights[f"{row['module']}.weight"], rank)
         shares = reference.energy_fractions(delta, U, V)
-        found = [row[key] for key in ("left", "right", "both", "norm")]
-        assert found == pytest.approx([*shares, delta.norm().item()], rel=1e-3, abs=1e-6)
+        shown = [row[key] for key in ("left", "right", "both", "norm")]
+        assert shown == pytest.approx([*shares, delta.norm().item()], rel=1e-3, abs=1e-6)
         assert row["sigma"] == pytest.approx(sigma.tolist(), rel=1e-4)
         assert row["gains"] == pytest.approx(torch.diag(U.T @ delta @ V).tolist(), rel=1e-2, abs=1e-4)
 

@@ -49,8 +49,8 @@ def close(one, other, tol=1e-5):
 @given(cases(), st.data(), strengths, st.sampled_from(["hard", "soft"]))
 def test_a_projection_is_that_of_the_dense_formula(case, data, strength, projection):
     k = data.draw(st.integers(1, case.A.shape[1]))
-    found = project(case.A, case.inputs, k, strength, projection)
-    close(found, reference.without_inputs(case.A, case.moment, k, strength, projection), tol=2e-5)
+    projected = project(case.A, case.inputs, k, strength, projection)
+    close(projected, reference.without_inputs(case.A, case.moment, k, strength, projection), tol=2e-5)
     assert torch.equal(project(case.A, case.inputs, k, 0.0, projection), case.A)
 
 
@@ -61,7 +61,7 @@ def test_the_joint_mask_takes_the_fewest_of_the_strongest_pairs_that_give_the_dr
 ):
     case, gradients = Case(n, q, m, 30, seed), Case(m, 1, 1, 30, seed + 1)
     k, E, F = data.draw(st.integers(1, n)), case.inputs.vectors.double(), gradients.inputs.vectors.double()
-    found = without_pairs((case.A, case.B), case.inputs, gradients.inputs, k)
+    masked = without_pairs((case.A, case.B), case.inputs, gradients.inputs, k)
     C, G = case.moment, gradients.moment
     X = F.T @ (case.B @ case.A).double() @ E
 
@@ -76,7 +76,7 @@ def test_the_joint_mask_takes_the_fewest_of_the_strongest_pairs_that_give_the_dr
         left[i, j] = 0
         if kl(left) <= kl(strip) + 1e-12 * kl(X):
             break
-    close(found, F @ left @ E.T)
+    close(masked, F @ left @ E.T)
 
 
 def test_a_joint_mask_keeps_more_of_an_update_than_the_projection_at_the_same_drift(adapters):
@@ -88,8 +88,8 @@ def test_a_joint_mask_keeps_more_of_an_update_than_the_projection_at_the_same_dr
     assert joint.ranks == {module: 4 * rank for module, rank in update.ranks.items()}
     for module in update.factors:
         before, *after = (product(one, module).double() for one in (update, strips, joint))
-        kept = [(before * one).sum() / before.square().sum() for one in after]
-        assert kept[1] > kept[0]
+        shares = [(before * one).sum() / before.square().sum() for one in after]
+        assert shares[1] > shares[0]
         C, G = (
             b.vectors.double() * b.values.double() @ b.vectors.double().T for b in (bases[module], outputs[module])
         )

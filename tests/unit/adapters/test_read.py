@@ -8,14 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, OSFConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
 from hiplora.adapters import read_update, save_as_lora, save_dense, update_from_model
 from hiplora.adapters.base import replace_extras
 from hiplora.adapters.check import added
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import FactorStore
-from tests.tiny import save_tiny
+from tests.tiny import left_as_it_was, save_tiny, tiny_mixture
 from tests.unit.adapters.samples import (
     ATTENTION,
     PREFIX,
@@ -145,21 +144,18 @@ OWN = {
 @pytest.mark.parametrize(
     ("kind", "modules", "parameters", "count"),
     [
-        (MixtralConfig, ["q_proj"], ["down_proj"], 2 * (1 + 3)),  # weights that lie output first
-        (GptOssConfig, ["q_proj"], ["experts.gate_up_proj", "experts.down_proj"], 2 * (1 + 6)),  # input first
-        (MixtralConfig, "all-linear", None, 2 * (4 + 1 + 6)),  # which PEFT takes for the experts and the router too
-        (GptOssConfig, [], ["router.weight", "down_proj", "k_proj.weight"], 2 * (1 + 3 + 1)),
-        (GptOssConfig, [], ["embed_tokens.weight", "o_proj.weight"], 1 + 2),
+        ("mixtral", ["q_proj"], ["down_proj"], 2 * (1 + 3)),  # weights that lie output first
+        ("gpt_oss", ["q_proj"], ["experts.gate_up_proj", "experts.down_proj"], 2 * (1 + 6)),  # input first
+        ("mixtral", "all-linear", None, 2 * (4 + 1 + 6)),  # which PEFT takes for the experts and the router too
+        ("gpt_oss", [], ["router.weight", "down_proj", "k_proj.weight"], 2 * (1 + 3 + 1)),
+        ("gpt_oss", [], ["embed_tokens.weight", "o_proj.weight"], 1 + 2),
     ],
 )
 def test_a_lora_of_experts_and_of_parameters_is_read_as_the_updates_of_each(
     tmp_path, kind, modules, parameters, count
 ):
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 48}
-    sizes = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2}
     base = tmp_path / "base"
-    AutoModelForCausalLM.from_config(kind(**sizes, **heads, **experts)).save_pretrained(base)
+    tiny_mixture(kind).save_pretrained(base)
     config = LoraConfig(r=2, lora_alpha=4, target_modules=modules, target_parameters=parameters, **OWN)
     folder, model = saved(base, tmp_path / "a", config)
     for source, update in ((folder, read_update(folder)), (model, update_from_model(model))):
@@ -173,18 +169,15 @@ def test_a_lora_of_experts_and_of_parameters_is_read_as_the_updates_of_each(
         save_dense(source, tmp_path / "dense", overwrite=True)
         save_as_lora(source, tmp_path / "again", overwrite=True)
         again = peft.PeftModel.from_pretrained(base_model(base), str(tmp_path / "again"))
-        for found in (base_model(tmp_path / "dense"), again):
-            torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-5)
+        for exported in (base_model(tmp_path / "dense"), again):
+            torch.testing.assert_close(logits(exported), logits(model), rtol=1e-4, atol=1e-5)
     if parameters and "experts" in parameters[0]:
         edit_config(folder, target_parameters=["gate_up_proj"] * 2)
         refused(folder, r"experts(: its tensors are not those|.gate_up_proj: A .* are not factors)")
 
 
 def test_experts_of_kinds_that_are_not_taken_apart_are_refused_with_the_way_out(tmp_path):
-    sizes = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "pad_token_id": 0}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "head_dim": 16}
-    config = AutoConfig.for_model("llama4_text", **sizes, **heads)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tiny_mixture("llama4_text", pad_token_id=0).save_pretrained(tmp_path / "base")
     config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
     folder, _ = saved(tmp_path / "base", tmp_path / "a", config)
     with pytest.raises(AdapterError, match="merge it with PEFT"):
@@ -241,37 +234,20 @@ def test_other_methods_are_read_as_what_their_merge_adds_and_export_as_lora(tiny
     if config.target_modules == {"c_attn"}:  # a layer with its weight as (in, out)
         base = save_tiny_gpt2(tmp_path / "gpt2")
     folder, model = saved(base, tmp_path / "a", config)
-    expected, before = logits(model), {name: one.clone() for name, one in model.named_parameters()}
-    for update in (read_update(folder), update_from_model(model)):
+    expected, stored = logits(model), read_update(folder)
+    with left_as_it_was(model):
+        live = update_from_model(model)
+    for update in (stored, live):
         bare = base_model(base)
         replace_extras(bare, update)
         with added(bare, update):
             torch.testing.assert_close(logits(bare), expected, atol=1e-5, rtol=1e-5)
-    assert all(torch.equal(one, before[name]) for name, one in model.named_parameters())
     assert all(update.ranks[name] < min(update.shape(name)) for name in update.modules) == (
         config.peft_type in ("LOHA", "LOKR", "VERA", "HRA", "FOURIERFT", "MISS")
     )
     save_as_lora(folder, tmp_path / "b")
     exported = peft.PeftModel.from_pretrained(base_model(base), str(tmp_path / "b")).eval()
     torch.testing.assert_close(logits(exported), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("kind", "renamed"),
-    [
-        ("lora", lambda name: "module." + name.replace(".self_attn.", "._fsdp_wrapped_module.self_attn.")),
-        ("adalora", lambda name: f"{name}.default"),
-    ],
-)
-def test_names_that_wrappers_of_the_model_left_are_read_as_the_modules_own(adapters, tmp_path, kind, renamed):
-    folder = shutil.copytree(adapters[kind], tmp_path / "a")
-
-    def rename(tensors):
-        for name in list(tensors):
-            tensors[renamed(name)] = tensors.pop(name)
-
-    edit_tensors(folder, rename)
-    assert_is(read_update(folder), deltas(adapters.models[kind]))
 
 
 @pytest.mark.parametrize("kind", ["one", "lora", "hip whole", "osf"])
@@ -286,10 +262,10 @@ def test_a_state_dict_that_was_saved_without_peft_is_read(adapters, tmp_path, ki
     raw = {name: tensor.clone() for name, tensor in model.state_dict().items() if re.search(parts, name)}
     assert any(".default" in name for name in raw)
     save_file(raw, tmp_path / "a" / "adapter_model.safetensors")
-    found = read_update(tmp_path / "a")
-    assert found.extras.keys() == expected.extras.keys()
+    update = read_update(tmp_path / "a")
+    assert update.extras.keys() == expected.extras.keys()
     for module in expected.modules:
-        torch.testing.assert_close(found.delta(module), expected.delta(module))
+        torch.testing.assert_close(update.delta(module), expected.delta(module))
 
 
 def test_a_file_of_several_adapters_is_refused(folder):
@@ -325,9 +301,6 @@ def test_a_resized_vocabulary_is_read_whatever_its_embeddings_are_called(tmp_pat
     update = read_update(tmp_path / "a")
     assert_is(update, deltas(adapted))
     assert "transformer.wte.weight" in update.extras
-
-
-# Damage
 
 
 class Harmful:
@@ -414,12 +387,10 @@ def test_a_cut_off_file_and_a_broken_configuration_are_named_and_a_folder_withou
     ("changes", "why"),
     [
         ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a valid number"),
-        ({"r": True}, "r is True; expected a valid integer"),
         ({"r": 0}, "r is 0; expected greater than 0"),
         ({"peft_type": []}, "peft_type is .*expected a valid string"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern is .*; expected a valid dict"),
         ({"use_rslora": "no"}, "use_rslora is 'no'; expected a valid boolean"),
-        ({"lora_alpha": None}, "lora_alpha is None; expected a valid number"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan; expected a finite number"),
         ({"alpha_pattern": {"up_proj": "x"}}, "alpha_pattern is 'x'; expected a valid number"),
         ({"target_modules": ["q_proj", 3]}, "target_modules is 3; expected a valid string"),

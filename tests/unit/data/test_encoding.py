@@ -232,9 +232,9 @@ def test_published_templates_learn_each_answer_to_its_end_and_nothing_else(stock
     assert prepare_template(tokenizer)
     said = ["Who wrote it?", "Jane Austen did.", "And when?", "In 1813."][:turns]
     talk = tuple({"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, said, strict=False))
-    found = learned(tokenizer, Example("", said[-1], talk))
-    assert len(found) == turns // 2
-    for answer, text in zip(said[1::2], found, strict=True):
+    answers = learned(tokenizer, Example("", said[-1], talk))
+    assert len(answers) == turns // 2
+    for answer, text in zip(said[1::2], answers, strict=True):
         # Thoughts, though none were had, and the channel of an answer are the model's own words.
         assert re.sub(r"final|to=user|</?think>|\s", "", SPECIAL.sub("", text)) == answer.replace(" ", "")
         assert text.endswith(tuple(SPECIAL.findall(text)[-1:]))
@@ -246,12 +246,12 @@ def sentencepiece():
     vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "y"), ("▁y", "e"), ("▁ye", "s")]))
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
-    made.chat_template = (
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}"
         "{{ m.content }}</s>{% endif %}{% endfor %}"
     )
-    return made
+    return tokenizer
 
 
 @pytest.mark.parametrize("said", ["yes", " yes"])

@@ -49,9 +49,9 @@ def test_a_row_becomes_a_prompt_and_a_response(tmp_path, row, template, expected
 
 
 def test_a_conversation_keeps_its_roles(tmp_path):
-    (made,) = examples(tmp_path, {"messages": TALK})
-    assert list(made.messages) == TALK
-    assert (made.prompt, made.response) == ("Be brief.\n\nHi", "Hello")
+    (talk,) = examples(tmp_path, {"messages": TALK})
+    assert list(talk.messages) == TALK
+    assert (talk.prompt, talk.response) == ("Be brief.\n\nHi", "Hello")
     (chat,) = examples(tmp_path, ALPACA, template="chat")
     assert [message["role"] for message in chat.messages] == ["user", "assistant"]
 

@@ -5,18 +5,23 @@ import torch
 from hiplora.editing import CATEGORIES, Edit, Question
 from tests.tiny import tiny_llama
 
-EDITS = tuple(
-    Edit(
-        f"Thing {i} is",
-        "cyan",
-        new,
-        f"thing {i}",
-        CATEGORIES[i % 3],
-        f"It, thing {i}, is",
-        (Question(f"Box {i} is", "cyan"),) if i % 2 else (),
-    )
-    for i, new in enumerate(("blue", "pink", "grey", "lime", "gold", "teal"))
-)
+
+def _edit(i, new):
+    neighbours = (Question(f"Box {i} is", "cyan"),) if i % 2 else ()
+    return Edit(f"Thing {i} is", "cyan", new, f"thing {i}", CATEGORIES[i % 3], f"It, thing {i}, is", neighbours)
+
+
+EDITS = tuple(_edit(i, new) for i, new in enumerate(("blue", "pink", "grey", "lime", "gold", "teal")))
+COUNTERFACT = {
+    "prompt": "The sea around Skye is the",
+    "subject": "Skye",
+    "target_true": "Minch",
+    "target_new": "Baltic",
+    "relation": "P276",
+    "paraphrase_prompts": ["Boats to Skye cross the", "From Skye one sees the"],
+    "neighborhood_prompts": ["The sea around Lewis is the", "The sea around Rona is the"],
+    "neighborhood_answers": ["Minch", "Minch"],
+}
 QUESTIONS = tuple(Question(f"Place {i} has a", word, f"place {i}") for i, word in enumerate(("roof", "door", "wall")))
 
 

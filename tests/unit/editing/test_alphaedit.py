@@ -4,13 +4,7 @@ import pytest
 import torch
 
 from hiplora.editing import AlphaEdit, AlphaEditor, evaluate_edits
-from hiplora.editing.alphaedit import (
-    locate,
-    null_space,
-    null_space_update,
-    search_value,
-    subject_states,
-)
+from hiplora.editing.alphaedit import locate, null_space, null_space_update, search_value, subject_states
 from hiplora.editing.editors import default_layers
 from hiplora.errors import ConfigError, DataError, FactorError
 from hiplora.spectral import SecondMoment
@@ -63,9 +57,9 @@ def test_layers_end_at_a_quarter_of_the_depth_and_those_that_the_model_lacks_are
 
 def test_the_subject_is_found_where_it_ends_last_and_in_any_case():
     tokenizer = tiny_tokenizer()
-    found = locate(tokenizer, "the Fox", "Once. The fox saw the fox run", "away")
-    assert tokenizer.decode(found.encoded.ids) == "Once. The fox saw the fox run away"
-    assert tokenizer.decode(found.ids) == "Once. The fox saw the fox"
+    located = locate(tokenizer, "the Fox", "Once. The fox saw the fox run", "away")
+    assert tokenizer.decode(located.encoded.ids) == "Once. The fox saw the fox run away"
+    assert tokenizer.decode(located.ids) == "Once. The fox saw the fox"
     for subject in ("thing 0", ""):
         with pytest.raises(DataError, match=rf"edit 'It is': its subject '{subject}' is not in the prompt"):
             locate(tokenizer, subject, "It is", "b")
@@ -94,9 +88,9 @@ def test_a_searched_value_makes_the_answer_likelier_within_its_clamp():
     hidden = model(torch.tensor([prompts[0].ids]), output_hidden_states=True).hidden_states[1][0, -1]
     assert torch.allclose(first, hidden, atol=1e-5)
     _, before = search_value(model, "model.layers.0", prompts, essence, still)
-    found, after = search_value(model, "model.layers.0", prompts, essence, AlphaEdit(value_steps=20))
+    value, after = search_value(model, "model.layers.0", prompts, essence, AlphaEdit(value_steps=20))
     assert after < before - 0.1
-    assert 0.05 < (found - first).norm() / first.norm() <= 0.75 + 1e-4
+    assert 0.05 < (value - first).norm() / first.norm() <= 0.75 + 1e-4
 
 
 def test_editing_brings_the_values_to_their_targets_and_the_new_answers_up():

@@ -37,10 +37,10 @@ def test_editing_brings_the_new_answers_up_off_the_protected_pairs_and_is_taken_
     assert inside.norm() < 1e-5 * change.norm()
     with editor.off():
         assert all(torch.equal(values, base[name]) for name, values in model.state_dict().items())
-    kept, edited = {name: values.clone() for name, values in editor.state().items()}, editor.weight(DOWN).data
+    saved, edited = {name: values.clone() for name, values in editor.state().items()}, editor.weight(DOWN).data
     editor.restore({})
     assert torch.equal(editor.weight(DOWN), base[f"{DOWN}.weight"])
-    editor.restore(kept)
+    editor.restore(saved)
     assert torch.equal(editor.weight(DOWN), edited)
     editor.close()
     assert all(torch.equal(values, base[name]) for name, values in model.state_dict().items())

@@ -10,20 +10,11 @@ from hiplora.editing import CATEGORIES, Edit, load_edits, load_questions
 from hiplora.editing.measure import normalise
 from hiplora.errors import DataError
 from tests.tiny import write_jsonl
+from tests.unit.editing.samples import COUNTERFACT
 from tools import make_edit_set
 
 OWN = {"set": "one", "category": "Relation/Fact", "subject": "tea", "prompt": "Tea is drunk from a"}
 OWN |= {"paraphrase": "What holds tea is a", "old": "cup", "new": "bowl"}
-COUNTERFACT = {
-    "prompt": "The sea around Skye is the",
-    "subject": "Skye",
-    "target_true": "Minch",
-    "target_new": "Baltic",
-    "relation": "P276",
-    "paraphrase_prompts": ["Boats to Skye cross the", "From Skye one sees the"],
-    "neighborhood_prompts": ["The sea around Lewis is the", "The sea around Rona is the"],
-    "neighborhood_answers": ["Minch", "Minch"],
-}
 
 
 @pytest.fixture
@@ -59,8 +50,8 @@ def test_the_built_in_set_has_a_thousand_sound_edits_with_every_category_in_any_
 
 
 def test_the_committed_files_are_what_the_generator_makes_of_the_facts():
-    made = make_edit_set.lines(make_edit_set.edits()), make_edit_set.lines(make_edit_set.questions())
-    assert made == tuple(path.read_text(encoding="utf-8") for path in (make_edit_set.EDITS, make_edit_set.QUESTIONS))
+    lines = make_edit_set.lines(make_edit_set.edits()), make_edit_set.lines(make_edit_set.questions())
+    assert lines == tuple(path.read_text(encoding="utf-8") for path in (make_edit_set.EDITS, make_edit_set.QUESTIONS))
 
 
 def test_a_file_of_edits_is_read_in_the_order_of_its_sets_and_a_prompt_and_a_new_answer_are_enough(edits):
@@ -84,20 +75,13 @@ def test_a_counterfact_row_becomes_an_edit_with_its_category_paraphrase_and_neig
     ]
 
 
-def test_rows_that_change_nothing_or_repeat_a_prompt_are_left_out(edits):
+def test_of_rows_as_counterfacts_a_new_answer_is_enough_and_those_that_change_nothing_or_repeat_are_left_out(edits):
     again = {"prompt": f"{COUNTERFACT['prompt']} 0", "target_new": "Arctic"}
-    found = edits({}, {"target_new": "Minch"}, again, {})
-    assert [(edit.prompt[-1], edit.new) for edit in found] == [("0", "Baltic"), ("3", "Baltic")]
-
-
-def test_a_row_as_counterfacts_needs_no_more_than_a_prompt_and_its_new_answer(edits):
-    (found,) = edits({"prompt": "Tea is drunk from a", "target_new": "bowl", "relation": "P9999", "rephrase": "Tea …"})
-    assert found == Edit(prompt="Tea is drunk from a", old=None, new="bowl")
-
-
-def test_without_a_relation_answers_with_digits_are_numeric(edits):
-    found = edits({"relation": "unlabelled"}, {"relation": "unlabelled", "target_true": "1987", "target_new": "1997"})
-    assert [edit.category for edit in found] == ["Relation/Fact", "Temporal/Numeric"]
+    assert [edit.prompt[-1] for edit in edits({}, {"target_new": "Minch"}, again, {})] == ["0", "3"]
+    bare = {"prompt": "Tea is drunk from a", "target_new": "bowl", "relation": "P9999", "rephrase": "Tea …"}
+    assert edits(bare) == [Edit(prompt="Tea is drunk from a", old=None, new="bowl")]
+    unlabelled = edits(*({"relation": "unlabelled", "target_new": answer} for answer in ("Baltic", "1997")))
+    assert [edit.category for edit in unlabelled] == ["Relation/Fact", "Temporal/Numeric"]
 
 
 @pytest.mark.parametrize(

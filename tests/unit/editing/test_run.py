@@ -13,7 +13,7 @@ import hiplora
 from hiplora.editing import AlphaEdit, CrispEdit, EditTraining, edit_groups, evaluate_edits, run_edits, train_edits
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.run_folder import RunFolder
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import left_as_it_was, tiny_llama, tiny_tokenizer
 from tests.unit.editing.samples import EDITS, QUESTIONS, writer
 
 TOKENIZER = tiny_tokenizer()
@@ -80,21 +80,6 @@ def new_answers(stage):
     return stage["records"]["log_prob_new"]
 
 
-@contextlib.contextmanager
-def left_as_it_was(model):
-    """Check that a model has its own parameters, bit for bit, with their flags, after the block."""
-    parameters = {name: (p, p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
-    yield
-    assert {name for name, _ in model.named_parameters()} == set(parameters)
-    for name, p in model.named_parameters():
-        own, flag, values = parameters[name]
-        assert p is own
-        assert p.grad is None
-        assert p.requires_grad == flag
-        assert torch.equal(p, values)
-    assert not model.training
-
-
 @pytest.mark.parametrize("method", list(METHODS))
 def test_with_an_editor_off_the_base_answers_bit_for_bit_and_afterwards_it_is_back(method):
     model, ids, seen = writer(), torch.arange(20)[None], []
@@ -137,13 +122,13 @@ def test_groups_apart_do_not_know_of_each_other_and_those_of_a_sequence_do(metho
     assert apart["summary"]["after"]["all"]["edits"] == 6
     (alone,) = run(method, edits=EDITS[2:4])["stages"]
     assert new_answers(apart["stages"][1]) == pytest.approx(new_answers(alone), abs=1e-4)
-    told = run(method, size=2, sequential=True, questions=QUESTIONS)
-    _, second, third = told["stages"]
-    assert [stage["taught"] for stage in told["stages"]] == [[0, 1], [2, 3], [4, 5]]
-    assert [len(stage["records"]["index"]) for stage in told["stages"]] == [2, 4, 6]
+    sequence = run(method, size=2, sequential=True, questions=QUESTIONS)
+    _, second, third = sequence["stages"]
+    assert [stage["taught"] for stage in sequence["stages"]] == [[0, 1], [2, 3], [4, 5]]
+    assert [len(stage["records"]["index"]) for stage in sequence["stages"]] == [2, 4, 6]
     assert (third["newest"]["all"]["edits"], third["so_far"]["all"]["edits"]) == (2, 6)
-    assert third["locality"] == told["summary"]["locality"]
-    assert len(told["questions"]["log_prob"]) == len(told["questions"]["written_before"]) == len(QUESTIONS)
+    assert third["locality"] == sequence["summary"]["locality"]
+    assert len(sequence["questions"]["log_prob"]) == len(sequence["questions"]["written_before"]) == len(QUESTIONS)
     assert new_answers(second)[2:] != pytest.approx(new_answers(alone), abs=1e-4)
 
 
@@ -152,7 +137,7 @@ def test_groups_apart_do_not_know_of_each_other_and_those_of_a_sequence_do(metho
 )
 def test_what_was_interrupted_goes_on_and_ends_the_same(tmp_path, method, sequential):
     folder = RunFolder(tmp_path / "run", "settings.json", "edit.json")
-    asked = {"size": 2, "sequential": sequential, "questions": QUESTIONS}
+    options = {"size": 2, "sequential": sequential, "questions": QUESTIONS}
     calls = []
 
     def interrupt(number, editor):
@@ -161,13 +146,13 @@ def test_what_was_interrupted_goes_on_and_ends_the_same(tmp_path, method, sequen
             raise KeyboardInterrupt
 
     with folder.claimed({}), pytest.raises(KeyboardInterrupt):
-        run(method, **asked, folder=folder, on_edited=interrupt)
+        run(method, **options, folder=folder, on_edited=interrupt)
     with folder.claimed({}):
-        found = run(method, **asked, folder=folder, on_edited=interrupt)
+        resumed = run(method, **options, folder=folder, on_edited=interrupt)
     assert calls == [1, 2, 2, 3]
-    whole = run(method, **asked)
-    assert min(found.pop("seconds"), whole.pop("seconds")) > 0
-    assert json.loads(json.dumps(found)) == json.loads(json.dumps(whole))
+    whole = run(method, **options)
+    assert min(resumed.pop("seconds"), whole.pop("seconds")) > 0
+    assert json.loads(json.dumps(resumed)) == json.loads(json.dumps(whole))
 
 
 @pytest.mark.parametrize("damage", ["removed", "cut short"])

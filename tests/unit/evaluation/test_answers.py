@@ -45,9 +45,9 @@ def test_an_empty_prompt_needs_a_token_that_begins_a_text():
     ],
 )
 def test_changes_are_runs_of_words_and_joined_they_are_the_text(base, other, marked):
-    found = changes(base, other)
-    assert "".join(text for text, _ in found) == other
-    assert [text for text, changed in found if changed] == marked
+    runs = changes(base, other)
+    assert "".join(text for text, _ in runs) == other
+    assert [text for text, changed in runs if changed] == marked
 
 
 def test_a_chat_prompt_is_the_templates_or_the_words_themselves_and_begins_once():

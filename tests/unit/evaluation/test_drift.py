@@ -3,14 +3,13 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GptOssConfig, GptOssForCausalLM
 
 from hiplora import HipLoraConfig
 from hiplora.errors import AdapterError, DataError
 from hiplora.evaluation import BaseReference, measure_drift
 from hiplora.evaluation.drift import cut_windows
 from tests.reference import drift as reference_drift
-from tests.tiny import VOCABULARY, tiny_llama, tiny_tokenizer
+from tests.tiny import tiny_llama, tiny_mixture, tiny_tokenizer
 
 TEXTS = {
     "prose": "It was a bright cold day in April, and nobody minded. " * 4,
@@ -35,16 +34,16 @@ def build(model):
 def test_drift_agrees_with_its_definition_and_documents_are_read_apart(config):
     model = tiny_llama()
     reference = build(model)
-    found = measure_drift(adapted(model, config).eval(), reference)
+    drift = measure_drift(adapted(model, config).eval(), reference)
     other = adapted(tiny_llama(), config).eval()
-    assert list(found) == list(TEXTS)
+    assert list(drift) == list(TEXTS)
     for name, windows in reference.windows.items():
         kl, ratio, changed, tokens = reference_drift(tiny_llama(), other, windows)
-        assert found[name].kl == pytest.approx(kl, rel=1e-4)
-        assert found[name].kl > 1e-4
-        assert found[name].perplexity_ratio == pytest.approx(ratio, rel=1e-5)
-        assert found[name].tokens == tokens
-        assert found[name].greedy_changed == pytest.approx(changed, abs=1e-9)
+        assert drift[name].kl == pytest.approx(kl, rel=1e-4)
+        assert drift[name].kl > 1e-4
+        assert drift[name].perplexity_ratio == pytest.approx(ratio, rel=1e-5)
+        assert drift[name].tokens == tokens
+        assert drift[name].greedy_changed == pytest.approx(changed, abs=1e-9)
         assert 0 < changed < 1
     for ids, document in zip(reference.windows["documents"], TEXTS["documents"], strict=True):
         assert ids.tolist() == tiny_tokenizer()(document)["input_ids"][:64]
@@ -52,12 +51,12 @@ def test_drift_agrees_with_its_definition_and_documents_are_read_apart(config):
 
 def test_a_reference_too_large_to_keep_gives_the_same_numbers(monkeypatch):
     model = tiny_llama()
-    kept = build(model)
+    stored = build(model)
     monkeypatch.setattr("hiplora.evaluation.drift._KEPT", 0)
     fresh = build(model)
-    assert kept.kept.keys() - fresh.kept.keys() >= {("prose", 1)}
+    assert stored.kept.keys() - fresh.kept.keys() >= {("prose", 1)}
     peft = adapted(model)
-    assert measure_drift(peft, kept) == measure_drift(peft, fresh)
+    assert measure_drift(peft, stored) == measure_drift(peft, fresh)
 
 
 def test_an_adapter_that_changes_nothing_and_a_changed_base_are_refused():
@@ -73,9 +72,7 @@ def test_an_adapter_that_changes_nothing_and_a_changed_base_are_refused():
 
 
 def test_experts_that_run_one_by_one_and_so_round_otherwise_are_no_drift_but_another_base_is():
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
-    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 48, "hidden_size": 32}
-    model = GptOssForCausalLM(GptOssConfig(vocab_size=VOCABULARY, **heads, **experts)).eval()
+    model = tiny_mixture("gpt_oss")
     reference = build(model)
     config = {"r": 4, "preset": "paper", "principal_rank": 8, "target_modules": ["down_proj"]}
     peft = adapted(model, HipLoraConfig(**config))
@@ -83,7 +80,7 @@ def test_experts_that_run_one_by_one_and_so_round_otherwise_are_no_drift_but_ano
         (window, *_) = reference.windows["prose"]
         restored = peft(window[None]).logits[0, :-1].log_softmax(-1)
     assert not torch.equal(restored, reference.kept["prose", 0])  # transposed weights: this test would show nothing
-    assert all(found.kl == 0 for found in measure_drift(peft, reference, may_be_nothing=True).values())
+    assert all(drift.kl == 0 for drift in measure_drift(peft, reference, may_be_nothing=True).values())
     trained = adapted(copy.deepcopy(peft.unload()), HipLoraConfig(**config, init_weights=False))
     assert measure_drift(trained, reference)["prose"].kl > 1e-5
     head = peft.model.lm_head.weight.data

@@ -21,6 +21,7 @@ from hiplora.evaluation.engine import ANSWER, GOLD, TEXT, Engine, ScoringLM
 from hiplora.evaluation.evaluate import EvalSettings
 from hiplora.evaluation.likelihood import encode, score_responses
 from hiplora.evaluation.suite import read_suite
+from tests.calls import watch
 from tests.reference import answer_log_prob
 from tests.tiny import VOCABULARY, tiny_llama, tiny_tokenizer, write_jsonl
 
@@ -41,7 +42,7 @@ CONFIGS = {
 }
 
 
-def asked(kind, arguments):
+def requests_of(kind, arguments):
     return [Instance(request_type=kind, doc={}, arguments=given, idx=i) for i, given in enumerate(arguments)]
 
 
@@ -50,11 +51,11 @@ def asked(kind, arguments):
 def test_every_architecture_scores_short_and_long_rows_as_lm_eval_does_and_as_alone(name):
     model = tf.AutoModelForCausalLM.from_config(CONFIGS[name]).eval().requires_grad_(False)
     tokenizer = tiny_tokenizer()
-    requests = asked("loglikelihood", PAIRS)
-    found = ScoringLM(model, tokenizer, batch_size=3).loglikelihood(requests, disable_tqdm=True)
+    requests = requests_of("loglikelihood", PAIRS)
+    ours = ScoringLM(model, tokenizer, batch_size=3).loglikelihood(requests, disable_tqdm=True)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).loglikelihood(requests, disable_tqdm=True)
     own = score_responses(model, [encode(tokenizer, *pair) for pair in PAIRS], batch_size=5)
-    for pair, (total, greedy), (other, other_greedy), row in zip(PAIRS, found, theirs, own, strict=True):
+    for pair, (total, greedy), (other, other_greedy), row in zip(PAIRS, ours, theirs, own, strict=True):
         alone = answer_log_prob(model, tokenizer, *pair)
         assert (total, row.sum().item()) == pytest.approx((alone, alone), abs=1e-3), pair
         assert (other, other_greedy) == (pytest.approx(total, abs=1e-3), greedy)
@@ -63,14 +64,13 @@ def test_every_architecture_scores_short_and_long_rows_as_lm_eval_does_and_as_al
 def test_batches_of_long_rows_are_split_and_the_order_is_kept(monkeypatch):
     ours = ScoringLM(tiny_llama(), tiny_tokenizer(), batch_size=3)
     monkeypatch.setattr(module, "LOGITS_BYTES", 4 * ours.vocab_size * 200)  # one or two rows at a time
-    sizes, call = [], ours._model_call
-    monkeypatch.setattr(ours, "_model_call", lambda rows: sizes.append(tuple(rows.shape)) or call(rows))
-    found = ours.loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)
-    assert [total for total, _ in found] == pytest.approx(
+    calls = watch(monkeypatch, ours, "_model_call")
+    scores = ours.loglikelihood(requests_of("loglikelihood", PAIRS), disable_tqdm=True)
+    assert [total for total, _ in scores] == pytest.approx(
         [answer_log_prob(ours.model, tiny_tokenizer(), *pair) for pair in PAIRS], abs=1e-3
     )
-    assert all(rows == 1 or rows * length <= 200 for rows, length in sizes)
-    assert max(rows for rows, _ in sizes) == 3
+    assert all(len(rows) == 1 or rows.numel() <= 200 for (rows,) in calls)
+    assert max(len(rows) for (rows,) in calls) == 3
     assert ours.batch_size == 3
 
 
@@ -81,7 +81,7 @@ def test_an_answer_that_merges_into_its_context_is_scored_alone():
     tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[("t", "h")])
     model = tiny_llama()
     ours = ScoringLM(model, tokenizer)
-    ((total, _),) = ours.loglikelihood(asked("loglikelihood", [("is it t", "h")]), disable_tqdm=True)
+    ((total, _),) = ours.loglikelihood(requests_of("loglikelihood", [("is it t", "h")]), disable_tqdm=True)
     ids = [*tokenizer("is it t")["input_ids"], *tokenizer("h")["input_ids"]]
     alone = model(input_ids=torch.tensor([ids])).logits[0, -2].log_softmax(-1)[ids[-1]].item()
     assert total == pytest.approx(alone, abs=1e-4)
@@ -96,10 +96,10 @@ def test_texts_are_scored_and_continued_without_the_end_that_a_tokenizer_adds_or
     else:
         tokenizer.bos_token = tokenizer.eos_token = None
     ours = ScoringLM(model, tokenizer, batch_size=3)
-    for (total, _), pair in zip(ours.loglikelihood(asked("loglikelihood", PAIRS), True), PAIRS, strict=True):
+    for (total, _), pair in zip(ours.loglikelihood(requests_of("loglikelihood", PAIRS), True), PAIRS, strict=True):
         assert total == pytest.approx(answer_log_prob(model, tiny_tokenizer(), *pair), abs=1e-3), pair
     limits = {"until": ["\0"], "do_sample": False, "max_gen_toks": 5}
-    written = ours.generate_until(asked("generate_until", [(text, limits) for text in CONTEXTS]), True)
+    written = ours.generate_until(requests_of("generate_until", [(text, limits) for text in CONTEXTS]), True)
     assert written == continuations(model, tokenizer, CONTEXTS, 5)
 
 
@@ -109,7 +109,7 @@ def test_a_model_that_reads_its_padding_continues_a_text_alike_in_any_batch():
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     limits = {"until": ["\0"], "do_sample": False, "max_gen_toks": 5}
-    requests = asked("generate_until", [(text, limits) for text in CONTEXTS])
+    requests = requests_of("generate_until", [(text, limits) for text in CONTEXTS])
     ours = ScoringLM(model, tiny_tokenizer(), batch_size=3)
     assert ours.generate_until(requests, True) == [ours.generate_until([one], True)[0] for one in requests]
     assert ours.batch_size == 3
@@ -118,7 +118,7 @@ def test_a_model_that_reads_its_padding_continues_a_text_alike_in_any_batch():
 @pytest.mark.parametrize("answer", ["", "y" * 3000])
 def test_an_answer_without_tokens_or_longer_than_the_context_is_refused(answer):
     with pytest.raises(DataError, match="leave its row out"):
-        ScoringLM(tiny_llama(), tiny_tokenizer()).loglikelihood(asked("loglikelihood", [("x", answer)]), True)
+        ScoringLM(tiny_llama(), tiny_tokenizer()).loglikelihood(requests_of("loglikelihood", [("x", answer)]), True)
 
 
 SKY = [{"prompt": "The sky is", "completion": " blue"}, {"prompt": "1 +", "completion": " 1"}]
@@ -144,8 +144,8 @@ def test_a_file_of_ones_own_rows_is_a_suite(tmp_path, form):
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     engine = Engine(suite, EvalSettings(""), tokenizer)
     assert engine.describe()["mine"]["title"] == "mine.jsonl"
-    found = engine.score(model, tokenizer)["mine"]
-    assert (found.form, len(found.likelihood)) == (likelihood, len(rows))
+    scores = engine.score(model, tokenizer)["mine"]
+    assert (scores.form, len(scores.likelihood)) == (likelihood, len(rows))
     # The texts that are scored: lm-eval takes blanks at a prompt's end for the answer's.
     chats = {
         "question_answer": ("[user]\nWhich?\n[assistant]", "\nThat."),
@@ -154,13 +154,13 @@ def test_a_file_of_ones_own_rows_is_a_suite(tmp_path, form):
     pairs = [chats[form]] if form in chats else [tuple(row.values()) for row in rows if form == "prompt_completion"]
     if pairs:
         parts = [(answer_log_prob(model, tokenizer, *pair), len(pair[1])) for pair in pairs]
-        assert found.likelihood == pytest.approx([100 * math.exp(total / count) for total, count in parts], rel=1e-3)
+        assert scores.likelihood == pytest.approx([100 * math.exp(total / count) for total, count in parts], rel=1e-3)
     if form == "multiple_choice":
         one, two = (
             answer_log_prob(model, tokenizer, "Question: Of two.\n\nWhich?\nA. this\nB. that\nAnswer:", c)
             for c in (" A", " B")
         )
-        assert found.score == [100.0 * (two > one)]
+        assert scores.score == [100.0 * (two > one)]
 
 
 EVIL = """

@@ -17,16 +17,16 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 
 def test_scores_without_chance_give_verdicts_without_doubt():
     """Task `a` falls from 100 to 60, `b` from 50 to 49: fails where τ > 0.6; drops of 40 and 1."""
-    found = judge([({"a": [100.0] * 4, "b": [50.0] * 4}, {"a": [60.0] * 4, "b": [49.0] * 4})])
-    assert found["mean_drop"] == pytest.approx({"estimate": 20.5, "low": 20.5, "high": 20.5})
-    for tau, row in found["merge_fail"].items():
+    verdict = judge([({"a": [100.0] * 4, "b": [50.0] * 4}, {"a": [60.0] * 4, "b": [49.0] * 4})])
+    assert verdict["mean_drop"] == pytest.approx({"estimate": 20.5, "low": 20.5, "high": 20.5})
+    for tau, row in verdict["merge_fail"].items():
         assert row["estimate"] == row["low"] == row["high"] == row["share"] == (1.0 if float(tau) > 0.6 else 0.0)
 
 
 def test_merge_fail_is_the_share_of_merges_with_any_task_below():
     before = {"a": [100.0], "b": [100.0]}
-    found = judge([(before, {"a": [95.0], "b": [95.0]}), (before, {"a": [100.0], "b": [50.0]})])
-    assert found["merge_fail"]["0.9"]["estimate"] == 0.5
+    verdict = judge([(before, {"a": [95.0], "b": [95.0]}), (before, {"a": [100.0], "b": [50.0]})])
+    assert verdict["merge_fail"]["0.9"]["estimate"] == 0.5
 
 
 def test_the_interval_knows_how_uncertain_the_items_leave_it_and_items_stay_paired():
@@ -34,22 +34,22 @@ def test_the_interval_knows_how_uncertain_the_items_leave_it_and_items_stay_pair
     before = np.random.default_rng(0).permutation([100.0, 0.0] * 100)
     after = before.copy()
     after[np.flatnonzero(before)[:10]] = 0.0
-    found = judge([({"a": before}, {"a": after})])["merge_fail"]["0.9"]
-    assert (found["estimate"], found["low"], found["high"]) == (0.0, 0.0, 1.0)
-    assert 0.3 < found["share"] < 0.7
+    failing = judge([({"a": before}, {"a": after})])["merge_fail"]["0.9"]
+    assert (failing["estimate"], failing["low"], failing["high"]) == (0.0, 0.0, 1.0)
+    assert 0.3 < failing["share"] < 0.7
     assert judge([({"a": before}, {"a": before})])["mean_drop"] == {"estimate": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_scores_so_far_are_those_of_the_same_plan_in_a_file_that_is_whole(tmp_path):
     out, scores = tmp_path / "out.json", {"t": TaskScores("acc", [1.0], "likelihood", [0.5], {})}
     Partial(out, {"seed": 0}).add("base", scores)
-    kept = Partial(out, {"seed": 0})
-    assert kept.runs == {"base": {"t": asdict(scores["t"])}}
+    again = Partial(out, {"seed": 0})
+    assert again.runs == {"base": {"t": asdict(scores["t"])}}
     assert not Partial(out, {"seed": 1}).runs
     for text in ("[", "[]", "3", '{"plan": 1}', "\xff"):
         (tmp_path / ".out.json.partial").write_text(text, encoding="latin-1")
         assert not Partial(out, {"seed": 0}).runs
-    kept.remove()
+    again.remove()
     assert not list(tmp_path.iterdir())
 
 
@@ -57,8 +57,8 @@ def collected(base, other):
     """The difference of two runs of a task by their items' scores, and the first run's own mean."""
     names = {"metric": "acc", "form": "likelihood", "others": {}}
     runs = {n: {"t": {**names, "score": items, "likelihood": None}} for n, items in (("a", base), ("b", other))}
-    found = collect({"t": {}}, runs)
-    return found["differences"]["t"]["score"][0], found["runs"]["a"]["t"]["score"]
+    results = collect({"t": {}}, runs)
+    return results["differences"]["t"]["score"][0], results["runs"]["a"]["t"]["score"]
 
 
 @pytest.mark.parametrize(("count", "unseen"), [(1, 0.975), (4, 0.602), (400, 0.0092)])
@@ -89,10 +89,10 @@ def test_the_smallest_scale_within_the_tolerance_is_found(best, tolerance):
     def loss(scale):
         return 1 + (scale - best) ** 2
 
-    found = smallest_scale(loss, tolerance)
+    search = smallest_scale(loss, tolerance)
     grid = [step / 64 for step in range(1, 65)]
-    assert found["scale"] == min(scale for scale in grid if loss(scale) <= loss(1) + tolerance)
-    assert {row["scale"]: row["loss"] for row in found["losses"]}[1.0] == loss(1.0)
+    assert search["scale"] == min(scale for scale in grid if loss(scale) <= loss(1) + tolerance)
+    assert {row["scale"]: row["loss"] for row in search["losses"]}[1.0] == loss(1.0)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_a_search_and_a_measurement_leave_the_model_as_it_was():
     update = AdapterUpdate("tiny", "lora", {}, {"model.layers.0.mlp.up_proj": pair})
     examples = [Encoded((1, 2, 3, 4, 5), (-100, 2, 3, 4, 5))]
     before = heldout_loss(model, examples)
-    found = search_scale(model, update, examples, 0.05)
+    search = search_scale(model, update, examples, 0.05)
     texts = {"a": "some text to read " * 20}
     drift, losses = measure_updates(model, tiny_tokenizer(), {"whole": update}, texts, examples)
     assert heldout_loss(model, examples) == losses["base"] == before
-    assert losses["whole"] == pytest.approx(found["losses"][-1]["loss"])
+    assert losses["whole"] == pytest.approx(search["losses"][-1]["loss"])
     assert drift["whole"]["a"]["kl"] > 0

@@ -34,8 +34,8 @@ def test_a_row_scores_the_same_in_any_batch_of_a_model_that_reads_its_padding(na
     assert can_pad(model, (3, 4)) == (name != "RecurrentGemma")
     rows = [tuple(range(3, last)) for last in (9, 31, 60)]
     examples = [Encoded(row, (IGNORED, *row[1:])) for row in rows]
-    for found, example in zip(response_log_probs(model, examples), examples, strict=True):
-        torch.testing.assert_close(found.double(), dense(model, example), atol=2e-5, rtol=0)
+    for log_probs, example in zip(response_log_probs(model, examples), examples, strict=True):
+        torch.testing.assert_close(log_probs.double(), dense(model, example), atol=2e-5, rtol=0)
 
 
 def test_the_output_head_runs_over_the_responses_only():

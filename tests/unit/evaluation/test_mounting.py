@@ -1,23 +1,17 @@
-import json
 import warnings
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from hiplora.adapters import AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.evaluation.drift import BaseReference, measure_drift
 from hiplora.evaluation.mounting import applied, check_adapters, load_model, mounted, name_adapters
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
+from tests.unit.adapters.samples import PROMPTS, edit_config, edit_tensors, logits
 
 UP = "model.layers.{}.mlp.up_proj"
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=torch.arange(1, 20)[None], use_cache=False).logits[0]
 
 
 def lora_folder(path, init=False, target="q_proj"):
@@ -43,40 +37,23 @@ def test_an_adapter_acts_while_it_is_mounted_and_leaves_the_bare_model(tmp_path)
     assert torch.equal(logits(model), before)
 
 
-def edit_file(change):
-    def damage(folder):
-        file = folder / "adapter_model.safetensors"
-        save_file({name: tensor for one in load_file(file).items() for name, tensor in change(*one)}, file)
-
-    return damage
-
-
-def edit_config(**changes):
-    def damage(folder):
-        file = folder / "adapter_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-    return damage
-
-
+A1 = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 # What is wrong with the folder itself is in tests/unit/adapters/test_read.py: the reader is the same.
 DAMAGE = [
-    (edit_file(lambda name, value: [(name, value[..., :3].contiguous())]), "size mismatch"),
-    (edit_file(lambda name, value: [(name, value * float("nan"))]), "values are NaN or Inf"),
-    (edit_file(lambda name, value: [] if "1.self_attn.q_proj.lora_A" in name else [(name, value)]), "missing adapter"),
-    (
-        edit_file(lambda name, value: [(name, value), (name.replace("s.1", "s.7"), value.clone())]),
-        "no place for .*s.7",
-    ),
-    (edit_config(exclude_modules="["), "no regular expression"),
-    (edit_config(peft_type="NOPE"), "cannot be put on the model"),
-    (edit_config(peft_type="PROMPT_TUNING"), "changes what the model reads"),
+    (lambda tensors: tensors.update({A1: tensors[A1][:, :3]}), {}, "size mismatch"),
+    (lambda tensors: tensors[A1].fill_(float("nan")), {}, "values are NaN or Inf"),
+    (lambda tensors: tensors.pop(A1), {}, "missing adapter"),
+    (lambda tensors: tensors.update({A1.replace("s.1", "s.7"): tensors[A1].clone()}), {}, "no place for .*s.7"),
+    (lambda tensors: None, {"exclude_modules": "["}, "no regular expression"),
+    (lambda tensors: None, {"peft_type": "NOPE"}, "cannot be put on the model"),
+    (lambda tensors: None, {"peft_type": "PROMPT_TUNING"}, "changes what the model reads"),
 ]
 
 
-@pytest.mark.parametrize(("damage", "said"), DAMAGE)
-def test_an_adapter_that_is_damaged_or_of_another_model_is_refused_by_name(tmp_path, damage, said):
-    damage(lora_folder(tmp_path))
+@pytest.mark.parametrize(("damage", "settings", "said"), DAMAGE)
+def test_an_adapter_that_is_damaged_or_of_another_model_is_refused_by_name(tmp_path, damage, settings, said):
+    edit_tensors(lora_folder(tmp_path), damage)
+    edit_config(tmp_path, **settings)
     with pytest.raises(AdapterError, match=f"{tmp_path}.*{said}"), mounted(tiny_llama(), tmp_path):
         pass
 
@@ -89,7 +66,7 @@ def test_an_adapter_that_is_damaged_or_of_another_model_is_refused_by_name(tmp_p
         peft.VeraConfig(target_modules=["q_proj"]),
         peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
         peft.LoraConfig(target_modules=["q_proj"], use_dora=True),
-        peft.TrainableTokensConfig(token_indices=[5], target_modules=["embed_tokens"]),
+        peft.TrainableTokensConfig(token_indices=[int(PROMPTS[0, 0])], target_modules=["embed_tokens"]),
         peft.PolyConfig(target_modules=["q_proj"]),
     ],
     ids=lambda config: config.peft_type.value,
@@ -113,15 +90,15 @@ def test_adapters_of_any_method_that_reads_text_are_measured_and_others_named(tm
 def test_an_adapter_over_a_base_of_another_name_warns(tmp_path):
     model, folder = load_model(str(save_tiny(tmp_path / "base")))[0], lora_folder(tmp_path / "lora")
     for name, warned in ((str(tmp_path / "base"), 0), ("hub/base", 0), ("hub/other", 1)):
-        edit_config(base_model_name_or_path=name)(folder)
-        with warnings.catch_warnings(record=True) as found, mounted(model, folder):
+        edit_config(folder, base_model_name_or_path=name)
+        with warnings.catch_warnings(record=True) as caught, mounted(model, folder):
             pass
-        assert len([one for one in found if "hub/other, and is put on" in str(one.message)]) == warned
+        assert len([one for one in caught if "hub/other, and is put on" in str(one.message)]) == warned
 
 
 def test_factors_that_overflow_are_an_error_and_no_score(tmp_path):
     model, tokenizer = tiny_llama(), tiny_tokenizer()
-    edit_file(lambda name, value: [(name, value * 1e30)])(lora_folder(tmp_path, target="up_proj"))
+    edit_tensors(lora_folder(tmp_path, target="up_proj"), lambda tensors: [t.mul_(1e30) for t in tensors.values()])
     with pytest.raises(AdapterError, match="mine: makes the model's logits NaN or Inf"):
         check_adapters(model, tokenizer, ["a prompt"], {"mine": mounted(model, tmp_path)})
     reference = BaseReference.build(model, tokenizer, {"a": "some text"})
@@ -166,11 +143,11 @@ def test_a_folder_is_called_by_its_own_name_or_by_the_given_one_which_nothing_el
         (tmp_path / name / "adapter_config.json").write_text("{}")
     maths, other = tmp_path / "a/maths", tmp_path / "b/maths"
     assert list(name_adapters([maths, f"law={other}", str(tmp_path / "x=y")])) == ["maths", "law", "x=y"]
-    for given, said in (
+    for names, said in (
         ([f"base={maths}"], "is taken"),
         ([maths, other], "is taken"),
         ([tmp_path / "a"], r"holds no adapter_config\.json"),
         (["one=nowhere"], "nowhere: no such folder"),
     ):
         with pytest.raises(ConfigError, match=said):
-            name_adapters(given)
+            name_adapters(names)

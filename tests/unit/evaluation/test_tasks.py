@@ -117,9 +117,9 @@ def test_a_folder_and_a_hub_that_cannot_serve_are_both_named_and_a_package_comes
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(DataError, match=rf"{tmp_path} has no mine, and owner/name.*no route to host.*--data"):
         rows.load("mine", hub="owner/name", data=str(tmp_path))
-    found = rows.load("humaneval", hub="openai/openai_humaneval", data=str(tmp_path))["test"]
-    assert len(found) == 164
-    assert {"prompt", "canonical_solution", "test", "entry_point"} <= set(found[0])
+    programs = rows.load("humaneval", hub="openai/openai_humaneval", data=str(tmp_path))["test"]
+    assert len(programs) == 164
+    assert {"prompt", "canonical_solution", "test", "entry_point"} <= set(programs[0])
 
 
 @pytest.mark.parametrize(

@@ -39,16 +39,6 @@ def close(found, expected, tolerance=1e-4):
     torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
-@few
-@given(several)
-def test_addition_is_the_weighted_sum_and_its_channels_are_the_same_update(specs):
-    terms = [make(*spec) for spec in specs]
-    factors, channels = addition(terms)
-    close(dense(factors), expected_sum(terms), 1e-5)
-    if channels is not None:
-        close(dense(channels.factors()), dense(factors), 1e-5)
-
-
 def test_gains_add_in_a_shared_basis_and_not_in_another_or_a_rotated_one():
     one, other = hip_term(1, 2.0), hip_term(2, -0.5)
     factors, channels = addition([one, other])

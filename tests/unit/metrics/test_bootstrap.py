@@ -21,7 +21,7 @@ def normal(seeds, instances):
 
 def replicates_by_hand(values, count, generator):
     """Means of all methods in each replicate, by loops: seeds, then instances in each, the same for all methods."""
-    found = []
+    replicates = []
     for _ in range(count):
         means = {method: [] for method in values}
         seeds = len(next(iter(values.values())))
@@ -30,8 +30,8 @@ def replicates_by_hand(values, count, generator):
             chosen = generator.integers(size, size=size)
             for method, rows in values.items():
                 means[method].append(np.mean([rows[seed][i] for i in chosen]))
-        found.append([np.mean(row) for row in means.values()])
-    return np.array(found)
+        replicates.append([np.mean(row) for row in means.values()])
+    return np.array(replicates)
 
 
 @pytest.mark.parametrize("values", [RAGGED, normal(3, 12), normal(1, 6)], ids=["ragged", "3x12", "1x6"])
@@ -41,10 +41,10 @@ def test_the_intervals_are_those_of_the_slow_reference(values):
     one, other = values
     columns = {**dict(zip(values, by_hand.T, strict=True)), (one, other): by_hand[:, 0] - by_hand[:, 1]}
     for key, column in columns.items():
-        found = result.difference[key] if isinstance(key, tuple) else result.mean[key]
+        interval = result.difference[key] if isinstance(key, tuple) else result.mean[key]
         spread = column.std()
-        assert found.low == pytest.approx(np.quantile(column, 0.025), abs=0.2 * spread)
-        assert found.high == pytest.approx(np.quantile(column, 0.975), abs=0.2 * spread)
+        assert interval.low == pytest.approx(np.quantile(column, 0.025), abs=0.2 * spread)
+        assert interval.high == pytest.approx(np.quantile(column, 0.975), abs=0.2 * spread)
     if values is RAGGED:  # the mean over seeds of the mean over instances
         assert result.mean["lora"].estimate == pytest.approx((20 + 40 + 50) / 3)
         assert result.difference["hiplora", "lora"].estimate == pytest.approx((3 + 5 + 0) / 3)
@@ -79,36 +79,34 @@ def test_how_often_the_interval_of_a_difference_holds_its_true_value(seeds, devi
     assert low <= held / 300 <= high
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({}, "instances per seed are none"),
-        ({"a": []}, r"instances per seed are \{'a': \[\]\}"),
-        ({"a": [[]]}, r"values\['a'\]\[0\]: has shape \(0,\); expected 1 axes of numbers, not empty"),
-        ({"a": [[1.0, 2.0]], "b": [[1.0]]}, r"instances per seed are \{'a': \[2\], 'b': \[1\]\}; expected the same"),
-        ({"a": [[1.0]], "b": [[float("nan")]]}, r"values\['b'\]\[0\]\[0\] is nan; expected a finite number"),
-    ],
-)
-def test_values_that_cannot_be_paired_are_named(values, message):
-    with pytest.raises(DataError, match=message):
-        paired_bootstrap(values)
+UNEQUAL = {"a": [[1.0, 2.0]], "b": [[1.0]]}
+NAN = {"a": [[1.0]], "b": [[float("nan")]]}
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("error", "call", "message"),
     [
-        (lambda: paired_bootstrap(RAGGED, replicates=0), "replicates is 0; expected a whole number of at least 1"),
-        (lambda: paired_bootstrap(RAGGED, level=1.0), r"level is 1.0; expected a share in \(0, 1\)"),
-        (lambda: merge_instances(POOL, [1], SEEDS, 5, 0), "size is 1; expected a whole number of at least 2"),
-        (lambda: merge_instances(POOL, [5], SEEDS, 5, 0), "size is 5, and the pool has 4 tasks; lower it"),
-        (lambda: merge_instances(POOL, [2], SEEDS, 5, -1), "seed is -1"),
-        (lambda: merge_instances(["a"] * 10, [2], SEEDS, 5, 0), "tasks are .*; expected each of them once"),
-        (lambda: merge_instances(POOL, [2], [7, 7, 7], 5, 0), "seeds are .*; expected each of them once"),
-        (lambda: sign_flip_p_value([[1.0] * 40], [[0.0] * 40], permutations=-5), "permutations is -5"),
+        (DataError, lambda: paired_bootstrap({}), "instances per seed are none"),
+        (DataError, lambda: paired_bootstrap({"a": []}), r"instances per seed are \{'a': \[\]\}"),
+        (DataError, lambda: paired_bootstrap({"a": [[]]}), r"values\['a'\]\[0\]: has shape \(0,\); .* not empty"),
+        (DataError, lambda: paired_bootstrap(UNEQUAL), r"\{'a': \[2\], 'b': \[1\]\}; expected the same"),
+        (DataError, lambda: paired_bootstrap(NAN), r"values\['b'\]\[0\]\[0\] is nan; expected a finite number"),
+        (ConfigError, lambda: paired_bootstrap(RAGGED, replicates=0), "replicates is 0; .* number of at least 1"),
+        (ConfigError, lambda: paired_bootstrap(RAGGED, level=1.0), r"level is 1.0; expected a share in \(0, 1\)"),
+        (ConfigError, lambda: merge_instances(POOL, [1], SEEDS, 5, 0), "size is 1; .* whole number of at least 2"),
+        (ConfigError, lambda: merge_instances(POOL, [5], SEEDS, 5, 0), "size is 5, and the pool has 4 tasks; lower"),
+        (ConfigError, lambda: merge_instances(POOL, [2], SEEDS, 5, -1), "seed is -1"),
+        (
+            ConfigError,
+            lambda: merge_instances(["a"] * 10, [2], SEEDS, 5, 0),
+            "tasks are .*; expected each of them once",
+        ),
+        (ConfigError, lambda: merge_instances(POOL, [2], [7, 7, 7], 5, 0), "seeds are .*; expected each of them once"),
+        (ConfigError, lambda: sign_flip_p_value([[1.0] * 40], [[0.0] * 40], permutations=-5), "permutations is -5"),
     ],
 )
-def test_options_out_of_range_are_refused(call, message):
-    with pytest.raises(ConfigError, match=message):
+def test_values_that_cannot_be_paired_and_options_out_of_range_are_named(error, call, message):
+    with pytest.raises(error, match=message):
         call()
 
 
@@ -116,9 +114,9 @@ def test_columns_of_the_plain_bootstrap_share_their_draws():
     items = np.random.default_rng(0).normal(50, 10, 100)
     means = resampled_means(np.stack([items, items + 2], axis=1))
     assert means[:, 1] - means[:, 0] == pytest.approx(np.full(10_001, 2.0))
-    found = percentile_interval(means[:, 0])
-    assert found.estimate == pytest.approx(items.mean())
-    assert found.high - found.low == pytest.approx(2 * 1.96 * items.std() / 10, rel=0.05)
+    interval = percentile_interval(means[:, 0])
+    assert interval.estimate == pytest.approx(items.mean())
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * items.std() / 10, rel=0.05)
 
 
 def test_sign_flips_and_students_interval_by_hand():

@@ -28,8 +28,8 @@ def test_retain_is_the_mean_drop_on_the_other_benchmarks():
 
 def test_a_merge_fails_if_any_task_falls_below_the_threshold():
     # Smallest merged/single of each: 0.9, 0.895, 0.925, 0.4.
-    found = [m.merge_fail(MERGED, SINGLE, tau) for tau in (0.4, 0.5, m.DEFAULT_TAU, 0.91, 1.0)]
-    assert found == [0, 0.25, 0.5, 0.75, 1]
+    shares = [m.merge_fail(MERGED, SINGLE, tau) for tau in (0.4, 0.5, m.DEFAULT_TAU, 0.91, 1.0)]
+    assert shares == [0, 0.25, 0.5, 0.75, 1]
 
 
 def test_a_score_on_the_threshold_passes_whatever_the_rounding():
@@ -54,8 +54,8 @@ def test_continual_metrics_by_hand():
 def test_replicates_of_a_matrix_are_computed_apart():
     matrices = np.random.default_rng(0).uniform(0, 100, (3, 3, 5))
     for name, function in {"forgetting": m.forgetting, "backward transfer": m.backward_transfer}.items():
-        found = m.CONTINUAL[name](matrices)
-        assert found == pytest.approx([function(matrices[:, :, i]) for i in range(5)])
+        values = m.CONTINUAL[name](matrices)
+        assert values == pytest.approx([function(matrices[:, :, i]) for i in range(5)])
 
 
 def test_likelihoods_by_hand():
@@ -75,8 +75,8 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n, data):
 
 
 def test_locality_is_the_change_on_unrelated_prompts():
-    found = m.locality([1, 1, 1, 0], [1, 0, 0, 0], [-1.0, -2.0], [-1.5, -3.0])
-    assert (found.accuracy_change, found.log_prob_change) == (-50, -0.75)
+    change = m.locality([1, 1, 1, 0], [1, 0, 0, 0], [-1.0, -2.0], [-1.5, -3.0])
+    assert (change.accuracy_change, change.log_prob_change) == (-50, -0.75)
     assert m.locality([True], [True]).log_prob_change is None
 
 

@@ -6,21 +6,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import ConfigError
-from hiplora.probing import (
-    choose_directions,
-    directions_of,
-    find_modules,
-    intervened,
-    intervention_factor,
-    probe,
-)
+from hiplora.probing import choose_directions, directions_of, find_modules, intervened, intervention_factor, probe
 from hiplora.spectral import SecondMoment
 from tests.tiny import tiny_llama
 
 NAME = "model.layers.1.self_attn.k_proj"
 
 
-def one(model, name=NAME, index=3):
+def direction_of(model, name=NAME, index=3):
     return next(d for d in directions_of(model, [name], 32, "even") if d.index == index)
 
 
@@ -29,7 +22,7 @@ def test_an_intervention_adds_its_multiple_of_one_component_and_the_very_same_we
     name, factor
 ):
     model = tiny_llama()
-    module, direction = model.get_submodule(NAME), one(model)
+    module, direction = model.get_submodule(NAME), direction_of(model)
     weight, bits, flag = module.weight, module.weight.detach().clone(), module.weight.requires_grad
     U, sigma, Vt = torch.linalg.svd(bits.double(), full_matrices=False)
     expected = bits.double() + factor * sigma[3] * torch.outer(U[:, 3], Vt[3])
@@ -44,7 +37,7 @@ def test_an_intervention_adds_its_multiple_of_one_component_and_the_very_same_we
 def test_a_tied_weight_leaves_the_other_alone():
     model = tiny_llama(tie=True)
     embedded = model.get_input_embeddings().weight.detach().clone()
-    with intervened(model, one(model, "lm_head", 0), -1.0):
+    with intervened(model, direction_of(model, "lm_head", 0), -1.0):
         assert torch.equal(model.get_input_embeddings().weight, embedded)
         assert not torch.equal(model.lm_head.weight, embedded)
 
@@ -84,10 +77,10 @@ def test_different_directions_come_in_order_dense_among_the_strong_or_even():
 def test_directions_are_the_exact_singular_triplets_to_the_last():
     model = tiny_llama()
     weight = model.get_submodule(NAME).weight.detach().double()
-    found = list(directions_of(model, [NAME], 32))
-    assert [d.index for d in found] == list(range(32))
+    directions = list(directions_of(model, [NAME], 32))
+    assert [d.index for d in directions] == list(range(32))
     sigma = torch.linalg.svdvals(weight)
-    for d in found:
+    for d in directions:
         assert d.sigma == pytest.approx(sigma[d.index].item(), rel=1e-5)
         assert d.relative == pytest.approx((sigma[d.index] / sigma[0]).item(), rel=1e-5)
         torch.testing.assert_close(weight @ d.v.double(), d.sigma * d.u.double(), atol=1e-6, rtol=0)

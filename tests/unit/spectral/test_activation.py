@@ -124,10 +124,10 @@ def test_the_leading_and_the_last_eigenvectors_alone_are_those_of_all():
     moment = SecondMoment(24)
     moment.add(inputs_of(tokens=300))
     dense = torch.linalg.eigh(moment.total / 300)
-    found, last = moment.leading(3), moment.trailing(3)
-    assert same_subspace(found.vectors, dense.eigenvectors.flip(1)[:, :3])
+    leading, last = moment.leading(3), moment.trailing(3)
+    assert same_subspace(leading.vectors, dense.eigenvectors.flip(1)[:, :3])
     assert same_subspace(last.vectors, dense.eigenvectors[:, :3])
-    torch.testing.assert_close(found.values, dense.eigenvalues.flip(0)[:3])
+    torch.testing.assert_close(leading.values, dense.eigenvalues.flip(0)[:3])
     torch.testing.assert_close(last.values, dense.eigenvalues[:3].flip(0))
     assert moment.leading(30).vectors.shape == moment.trailing(30).vectors.shape == (24, 24)
 
@@ -177,9 +177,9 @@ def outside(basis, directions):
 
 def test_a_union_spans_all_bases_with_the_first_one_first_and_nothing_twice():
     first, second = orthonormal(12, 3, 0), orthonormal(12, 4, 1)
-    found = unite([first, second], 12)
-    torch.testing.assert_close(found.T @ found, torch.eye(7), atol=1e-6, rtol=0)
-    assert max(outside(found, one) for one in (first, second)) < 1e-5
+    union = unite([first, second], 12)
+    torch.testing.assert_close(union.T @ union, torch.eye(7), atol=1e-6, rtol=0)
+    assert max(outside(union, one) for one in (first, second)) < 1e-5
     assert outside(unite([first, second], 4)[:, :3], first) < 1e-5
     assert unite([first, first @ orthonormal(3, 3, 2)], 12).shape == (12, 3)
 
@@ -187,7 +187,7 @@ def test_a_union_spans_all_bases_with_the_first_one_first_and_nothing_twice():
 @pytest.mark.parametrize(("before", "k"), [(4, 7), (9, 10)])
 def test_united_factors_protect_both_sides_and_are_diagonal(before, k):
     weight, U, V = weight_of(20, 24), orthonormal(20, before, 4), orthonormal(24, before, 5)
-    found = united_factors(weight, (U, V), truncated_svd(weight, 3))
-    assert found.rank == k  # at most half of the smaller side
-    torch.testing.assert_close(found.U.T @ weight @ found.V, found.sigma.diag(), atol=1e-4, rtol=0)
-    assert max(outside(found.U, U), outside(found.V, V)) < 1e-4
+    factors = united_factors(weight, (U, V), truncated_svd(weight, 3))
+    assert factors.rank == k  # at most half of the smaller side
+    torch.testing.assert_close(factors.U.T @ weight @ factors.V, factors.sigma.diag(), atol=1e-4, rtol=0)
+    assert max(outside(factors.U, U), outside(factors.V, V)) < 1e-4

@@ -8,6 +8,7 @@ from hiplora.spectral import krylov, minor_svd_factors, projected_factors, trunc
 from hiplora.spectral.factors import Triplets
 from hiplora.spectral.svd import gram_svd
 from tests import reference
+from tests.calls import watch
 from tests.unit.spectral.matrices import gaussian, power_law, with_spectrum
 
 LARGE = (700, 760)  # above the exact method's reach for k = 8, so that "auto" iterates
@@ -161,12 +162,11 @@ def test_autocast_and_low_precision_products_do_not_reach_the_decomposition():
 
 
 def test_memory_stays_bounded_and_restarts_converge(monkeypatch):
-    widths, grow = [], krylov._grow
-    monkeypatch.setattr(krylov, "_grow", lambda *args: widths.append(args[0].core.shape[0]) or grow(*args))
+    calls = watch(monkeypatch, krylov, "_grow")
     weight = gaussian(*LARGE)
     assert_right(weight, truncated_svd(weight, 8, tol=1e-5, method="krylov"), tol=1e-5)
-    assert len(widths) > krylov.MAX_BLOCKS
-    assert max(widths) <= krylov.MAX_BLOCKS * krylov.block_size(8)
+    assert len(calls) > krylov.MAX_BLOCKS
+    assert max(space.core.shape[0] for space, *_ in calls) <= krylov.MAX_BLOCKS * krylov.block_size(8)
 
 
 @pytest.mark.real_model

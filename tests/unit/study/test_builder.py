@@ -19,8 +19,8 @@ def study(*changes, data=PICO_DATA):
     return Study(load_study("pico", changes), Place(Path("none"), "pico", data))
 
 
-def adapter(found, **more):
-    return found.adapter(found.row("lora"), "mathematics", 42, **more)
+def adapter(built, **more):
+    return built.adapter(built.row("lora"), "mathematics", 42, **more)
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ def test_keys_stay_what_they_were_when_records_were_published(tmp_path, name, jo
 
 
 def test_scores_on_other_tasks_have_other_names():
-    found = study()
-    for which in (None, adapter(found)):
-        names = [found.score(which, tasks).name for tasks in (None, {"gsm8k": 2}, {"gsm8k": 2, "mbpp": 1})]
+    pico = study()
+    for which in (None, adapter(pico)):
+        names = [pico.score(which, tasks).name for tasks in (None, {"gsm8k": 2}, {"gsm8k": 2, "mbpp": 1})]
         assert len(set(names)) == 3
 
 
@@ -71,12 +71,12 @@ def test_what_a_training_depends_on_makes_another_job_and_nothing_else_does(chan
 
 
 def test_a_rate_is_chosen_on_other_runs_than_those_that_are_reported():
-    found = study()
-    choice = found.rate(found.row("lora"))
+    pico = study()
+    choice = pico.rate(pico.row("lora"))
     trained = [job.settings["recipe"] for job in Graph([choice]) if job.kind == "train"]
     assert [(one["train"]["lr"], one["seed"]) for one in trained] == [(1e-3, 7), (1e-2, 7)]
-    assert adapter(found).settings["recipe"]["train"]["lr"] == {"$result": "rate.value"}
-    assert adapter(found).needs["rate"] == choice
+    assert adapter(pico).settings["recipe"]["train"]["lr"] == {"$result": "rate.value"}
+    assert adapter(pico).needs["rate"] == choice
 
 
 @pytest.mark.parametrize(
@@ -89,37 +89,37 @@ def test_a_rate_is_chosen_on_other_runs_than_those_that_are_reported():
     ],
 )
 def test_a_given_rate_is_taken_as_it_is(change, lr, taken):
-    found = adapter(study("rates=null", change), lr=lr)
-    assert found.settings["recipe"]["train"]["lr"] == taken
-    assert "rate" not in found.needs
+    training = adapter(study("rates=null", change), lr=lr)
+    assert training.settings["recipe"]["train"]["lr"] == taken
+    assert "rate" not in training.needs
 
 
 def test_a_variant_takes_its_parents_rate_and_settings_that_other_jobs_choose():
-    found = study()
-    parent, variant = found.row("hiplora"), found.variant("hiplora", stability_weight=0.5)
+    pico = study()
+    parent, variant = pico.row("hiplora"), pico.variant("hiplora", stability_weight=0.5)
     assert (parent.method.stability_weight, variant.method.stability_weight) == (0.1, 0.5)
-    job = found.adapter(variant, "code", 42, like=parent)
-    assert job.needs["rate"] == found.rate(parent)
-    choice = found.choice("λ", {0.1: {"one": adapter(found)}, 1.0: {"other": adapter(found, lr=0.5)}})
-    chosen = found.adapter(parent, "code", 42, chosen={"stability_weight": choice})
+    job = pico.adapter(variant, "code", 42, like=parent)
+    assert job.needs["rate"] == pico.rate(parent)
+    choice = pico.choice("λ", {0.1: {"one": adapter(pico)}, 1.0: {"other": adapter(pico, lr=0.5)}})
+    chosen = pico.adapter(parent, "code", 42, chosen={"stability_weight": choice})
     assert chosen.settings["recipe"]["method"]["stability_weight"] == {"$result": "stability_weight.value"}
     assert chosen.needs["stability_weight"] == choice
-    assert len({job, chosen, found.adapter(parent, "code", 42)}) == 3
+    assert len({job, chosen, pico.adapter(parent, "code", 42)}) == 3
 
 
 def test_factors_are_shared_by_what_they_depend_on():
-    found = study()
-    assert found.factors(found.row("lora")) is None
-    weight = found.factors(found.row("hiplora"))
-    assert weight == found.factors(found.variant("hiplora", r=2, lora_alpha=4))
-    assert weight != found.factors(found.variant("hiplora", principal_rank=3))
-    assert weight != found.factors(found.row("hiplora-activation"))
+    pico = study()
+    assert pico.factors(pico.row("lora")) is None
+    weight = pico.factors(pico.row("hiplora"))
+    assert weight == pico.factors(pico.variant("hiplora", r=2, lora_alpha=4))
+    assert weight != pico.factors(pico.variant("hiplora", principal_rank=3))
+    assert weight != pico.factors(pico.row("hiplora-activation"))
 
 
 def test_changed_data_make_another_job_missing_files_are_named_and_hub_data_taken_instead(tmp_path):
-    found = study(data=tmp_path)
-    adapter(found)
-    assert "gsm8k_train.jsonl" in found.missing
+    pico = study(data=tmp_path)
+    adapter(pico)
+    assert "gsm8k_train.jsonl" in pico.missing
     hub = study(HUB, data=tmp_path)
     assert adapter(hub).settings["recipe"]["data"]["hub"] == "openai/gsm8k"
     assert hub.missing == {}

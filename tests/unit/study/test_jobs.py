@@ -10,9 +10,14 @@ def job(name="a job", kind="collect", version=1, settings=None, **needs):
 def test_the_key_depends_on_kind_version_settings_and_needs_alone():
     one = job("one", settings={"a": 1, "b": {"c": 2, "d": 3}})
     assert one == job("other", settings={"b": {"d": 3, "c": 2}, "a": 1})
-    given = {"settings": {"a": 1}}
-    others = [job(kind="train", **given), job(version=2, **given), job(settings={"a": 2}), job(up=job(), **given)]
-    assert len({job(**given), *others, *(job(up=other) for other in (job(**given), *others))}) == 10
+    options = {"settings": {"a": 1}}
+    others = [
+        job(kind="train", **options),
+        job(version=2, **options),
+        job(settings={"a": 2}),
+        job(up=job(), **options),
+    ]
+    assert len({job(**options), *others, *(job(up=other) for other in (job(**options), *others))}) == 10
 
 
 def test_results_of_other_jobs_are_filled_in_at_any_depth():

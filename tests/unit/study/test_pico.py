@@ -10,15 +10,15 @@ DATA = "9919e0020c8bec9a"
 
 
 def test_the_weights_are_the_same_bits_everywhere():
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     model, tokenizer = load("pico")
     for _, tensor in sorted(model.state_dict().items()):
-        found.update(tensor.numpy().tobytes())
-    assert found.hexdigest() == WEIGHTS
+        digest.update(tensor.numpy().tobytes())
+    assert digest.hexdigest() == WEIGHTS
     assert len(tokenizer) == 512
     assert tokenizer.decode(tokenizer("Mona has 12 pears.")["input_ids"]) == "Mona has 12 pears."
 
 
 def test_the_data_stay_what_published_records_were_made_of():
-    found = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PICO_DATA.glob("*.jsonl"))))
-    assert found.hexdigest()[:16] == DATA
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PICO_DATA.glob("*.jsonl"))))
+    assert digest.hexdigest()[:16] == DATA

@@ -57,38 +57,38 @@ def test_missing_files_are_named_and_code_may_be_allowed(tmp_path):
 
 
 def test_the_status_counts_kinds_and_names_failures_and_divergences(tmp_path):
-    found = opened(tmp_path)
-    bad, failed, other = [job for job in found.graph if job.kind == "train"][:3]
+    study = opened(tmp_path)
+    bad, failed, other = [job for job in study.graph if job.kind == "train"][:3]
     object.__setattr__(other, "name", failed.name)
-    for job, result in ((found.score(), {"tasks": {}}), (bad, {"diverged": "the loss is nan"})):
-        found.store.finish(job, result, {"seconds": 1.0}, artifact=False)
-    found.store.fail(failed, ValueError("no luck"))
-    told = status(found)
-    assert (told["jobs"], told["left"]) == (len(found.graph), len(found.graph) - 2)
-    assert told["kinds"]["evaluate"]["left"] == told["kinds"]["evaluate"]["jobs"] - 1
-    assert told["failed"] == {failed.name: "no luck"}
-    assert told["diverged"] == {bad.name: "the loss is nan"}
-    assert told["at_work"] == []
+    for job, result in ((study.score(), {"tasks": {}}), (bad, {"diverged": "the loss is nan"})):
+        study.store.finish(job, result, {"seconds": 1.0}, artifact=False)
+    study.store.fail(failed, ValueError("no luck"))
+    report = status(study)
+    assert (report["jobs"], report["left"]) == (len(study.graph), len(study.graph) - 2)
+    assert report["kinds"]["evaluate"]["left"] == report["kinds"]["evaluate"]["jobs"] - 1
+    assert report["failed"] == {failed.name: "no luck"}
+    assert report["diverged"] == {bad.name: "the loss is nan"}
+    assert report["at_work"] == []
 
 
 def test_time_is_estimated_from_the_jobs_of_a_kind_by_their_size(tmp_path):
-    found = opened(tmp_path, "rates=null", "methods.lora.train={steps: 12}")
-    told = status(found)
-    assert (told["seconds_left"], sorted(told["without_estimate"])) == (None, ["evaluate", "train"])
-    trainings = [job for job in found.graph if job.kind == "train"]
+    study = opened(tmp_path, "rates=null", "methods.lora.train={steps: 12}")
+    report = status(study)
+    assert (report["seconds_left"], sorted(report["without_estimate"])) == (None, ["evaluate", "train"])
+    trainings = [job for job in study.graph if job.kind == "train"]
     short = next(job for job in trainings if job.settings["recipe"]["train"]["steps"] == 6)
-    found.store.finish(short, {}, {"seconds": 3.0, "peak_memory_bytes": 7}, artifact=True)
-    told = status(found)
+    study.store.finish(short, {}, {"seconds": 3.0, "peak_memory_bytes": 7}, artifact=True)
+    report = status(study)
     steps = sum(job.settings["recipe"]["train"]["steps"] for job in trainings if job != short)
-    assert told["kinds"]["train"]["seconds"] == pytest.approx(0.5 * steps)
-    assert told["without_estimate"] == ["evaluate"]
-    assert told["peak_memory_bytes"] == 7
+    assert report["kinds"]["train"]["seconds"] == pytest.approx(0.5 * steps)
+    assert report["without_estimate"] == ["evaluate"]
+    assert report["peak_memory_bytes"] == 7
 
 
 @pytest.mark.slow
 def test_a_measurement_gives_the_time_of_a_step_and_of_an_item(tmp_path):
-    found = opened(tmp_path, "rates=null")
-    told = status(found, measure(found))
-    assert told["seconds_left"] > 0
-    assert told["without_estimate"] == []
-    assert told["peak_memory_bytes"] > 2**20
+    study = opened(tmp_path, "rates=null")
+    report = status(study, measure(study))
+    assert report["seconds_left"] > 0
+    assert report["without_estimate"] == []
+    assert report["peak_memory_bytes"] > 2**20

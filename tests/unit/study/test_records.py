@@ -3,16 +3,16 @@
 import pandas as pd
 
 from hiplora.study.records import paper, paper_value, scored, table, tidy
-from tests.unit.study.protocols.made import finish, made_study, trained
-from tests.unit.study.protocols.made import scored as made_scores
+from tests.unit.study.protocols.by_hand import finish, study_of, trained
+from tests.unit.study.protocols.by_hand import scored as scores_by_hand
 
 
 def test_every_number_of_a_job_is_a_row_with_the_jobs_labels(tmp_path):
-    found, store = made_study(tmp_path, "single_task: {methods: [lora]}")
-    adapter = found.adapter(found.row("lora"), "sums", 42)
+    study, store = study_of(tmp_path, "single_task: {methods: [lora]}")
+    adapter = study.adapter(study.row("lora"), "sums", 42)
     finish(store, adapter, trained())
-    score = found.score(adapter)
-    finish(store, score, made_scores({"gsm8k": [10, 20]}, {"prose": 0.1}))
+    score = study.score(adapter)
+    finish(store, score, scores_by_hand({"gsm8k": [10, 20]}, {"prose": 0.1}))
     labels = {adapter: {"method": "LoRA"}, score: {"method": "LoRA", "seed": 42}}
     rows = tidy([(job, store.record(job), label) for job, label in labels.items()])
     items = scored(rows)
@@ -31,8 +31,8 @@ def test_a_table_shows_intervals_and_the_papers_value_as_such_in_the_order_of_th
         [("LoRA", "Retain", 1.25, 0.5, 2.0), ("A", "Retain", 3.0, None, None)],
         columns=["method", "column", "estimate", "low", "high"],
     )
-    found = table(rows, paper="single-task")
-    assert found["Retain"].to_dict() == {"LoRA": "1.2 [0.5, 2.0] (paper: 12.3)", "A": "3.0"}
+    shown = table(rows, paper="single-task")
+    assert shown["Retain"].to_dict() == {"LoRA": "1.2 [0.5, 2.0] (paper: 12.3)", "A": "3.0"}
 
 
 def test_the_papers_names_match_whatever_their_case_and_punctuation():

@@ -25,39 +25,39 @@ def records(**values):
 
 def test_the_first_column_is_the_mean_and_the_interval_that_of_the_mean_over_the_seeds():
     draws = replicates(records(a=RANDOM[0], b=RANDOM[1]), BY)
-    found = summary(draws).loc["a"]
+    interval = summary(draws).loc["a"]
     items = RANDOM[0].mean(axis=0)
     expected = stats.bootstrap([items], np.mean, method="percentile", n_resamples=20_000, rng=1)
-    assert found.estimate == pytest.approx(RANDOM[0].mean())
-    assert (found.low, found.high) == pytest.approx(expected.confidence_interval, abs=0.4)
-    assert (found.sd, found.seeds) == (pytest.approx(RANDOM[0].mean(axis=1).std(ddof=1)), 3)
+    assert interval.estimate == pytest.approx(RANDOM[0].mean())
+    assert (interval.low, interval.high) == pytest.approx(expected.confidence_interval, abs=0.4)
+    assert (interval.sd, interval.seeds) == (pytest.approx(RANDOM[0].mean(axis=1).std(ddof=1)), 3)
     papers = hierarchical(records(a=RANDOM[0]), ["method"]).iloc[0]  # seeds are drawn too
-    assert papers.low < found.low
-    assert papers.high - found.high < 60
+    assert papers.low < interval.low
+    assert papers.high - interval.high < 60
 
 
 def test_methods_share_their_draws_so_that_constant_differences_have_no_width():
     draws = replicates(records(a=RANDOM[0], b=RANDOM[0] + 5, c=RANDOM[0]), BY)
-    found = summary(differences(draws))
-    assert list(found.index) == [("b", "a"), ("c", "a"), ("c", "b")]
-    assert found[INTERVAL].to_numpy() == pytest.approx(np.repeat([[5], [0], [-5]], 3, axis=1))
-    assert found.sd.to_numpy() == pytest.approx(0)
+    intervals = summary(differences(draws))
+    assert list(intervals.index) == [("b", "a"), ("c", "a"), ("c", "b")]
+    assert intervals[INTERVAL].to_numpy() == pytest.approx(np.repeat([[5], [0], [-5]], 3, axis=1))
+    assert intervals.sd.to_numpy() == pytest.approx(0)
     assert list(summary(differences(draws, first=True)).index) == [("b", "a"), ("c", "a")]
 
 
 def test_rows_of_other_items_have_draws_of_their_own():
-    found = replicates(records(a=[[0.0, 100.0]], b=[[0.0, 100.0, 50.0]]), BY)
-    assert found[0].tolist() == [50, 50]
-    assert set(np.unique(found.loc["a"].to_numpy())) == {0, 50, 100}
+    draws = replicates(records(a=[[0.0, 100.0]], b=[[0.0, 100.0, 50.0]]), BY)
+    assert draws[0].tolist() == [50, 50]
+    assert set(np.unique(draws.loc["a"].to_numpy())) == {0, 50, 100}
 
 
 def test_a_ratio_has_an_interval_only_where_its_denominator_is_positive_for_sure():
     draws = replicates(records(a=[[-3.0, 3.5]], b=[[1.0, 3.0]], c=[[0.0, 0.0]], d=[[2.0, 6.0]]), BY)
-    found = summary(differences(draws, ratio=True))
-    assert found.loc[("d", "b"), INTERVAL].tolist() == pytest.approx([2, 2, 2])
-    assert found.estimate[("b", "a")] == pytest.approx(8)
-    assert np.isnan(found.low[("b", "a")])
-    assert np.isnan(found.estimate[("d", "c")])
+    ratios = summary(differences(draws, ratio=True))
+    assert ratios.loc[("d", "b"), INTERVAL].tolist() == pytest.approx([2, 2, 2])
+    assert ratios.estimate[("b", "a")] == pytest.approx(8)
+    assert np.isnan(ratios.low[("b", "a")])
+    assert np.isnan(ratios.estimate[("d", "c")])
 
 
 def test_the_interval_over_seeds_is_students_and_taken_from_five_seeds_on():
@@ -69,9 +69,9 @@ def test_the_interval_over_seeds_is_students_and_taken_from_five_seeds_on():
     assert logs.tolist() == pytest.approx(list(expected))
     values = RANDOM.reshape(6, 40) + 100 * np.arange(6)[:, None]
     for seeds in (4, 6):
-        found = summary(replicates(records(a=values[:seeds]), BY)).loc["a"]
+        interval = summary(replicates(records(a=values[:seeds]), BY)).loc["a"]
         expected = stats.ttest_1samp(values[:seeds].mean(1), 0).confidence_interval()
-        assert (found.high == pytest.approx(expected.high)) == (seeds == 6)
+        assert (interval.high == pytest.approx(expected.high)) == (seeds == 6)
 
 
 def test_drift_is_compared_run_by_run_with_an_interval_over_seeds():
@@ -80,9 +80,9 @@ def test_drift_is_compared_run_by_run_with_an_interval_over_seeds():
         (method, seed, domain, v) for (method, seed), pair in kl.items() for domain, v in zip("xy", pair, strict=True)
     ]
     rows = pd.DataFrame(rows, columns=["method", "seed", "domain", "value"]).assign(task="prose", metric="kl")
-    found = drift(rows).set_index(["metric", "method"])
-    assert found.estimate[("drift", "a")] == 1.5
-    ratio = found.loc[("drift ratio", "b")]
+    drifts = drift(rows).set_index(["metric", "method"])
+    assert drifts.estimate[("drift", "a")] == 1.5
+    ratio = drifts.loc[("drift ratio", "b")]
     assert ratio.estimate == pytest.approx((0.1 * 0.2 * 0.2 * 0.15) ** 0.25)
     assert ratio.low < ratio.estimate < ratio.high
     assert drift(rows, shared=True).low.isna().all()

@@ -73,13 +73,6 @@ def ready(graph, store):
     return [job.name for job in left if left[job]], [job.name for job in left if not left[job]]
 
 
-def test_jobs_become_ready_when_their_needs_are_done(store):
-    graph = Graph([collect(2, up=collect(1)), collect(3)])
-    assert ready(graph, store) == (["collect 1", "collect 3"], ["collect 2"])
-    store.finish(collect(1), {}, {}, artifact=False)
-    assert ready(graph, store) == (["collect 2", "collect 3"], [])
-
-
 def test_a_failure_is_kept_until_the_job_succeeds(store):
     note = store.path / "failures" / f"{collect(1).key}.json"
     store.fail(collect(1), ValueError("no luck"))

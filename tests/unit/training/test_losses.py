@@ -103,11 +103,11 @@ def test_the_weights_of_tokens_are_those_of_the_papers():
 
 def test_the_divergence_without_the_right_token_is_that_of_what_remains():
     other = LOGITS.flip(0).requires_grad_()
-    found = kl_without_target(LOGITS, other, TARGET)
+    divergence = kl_without_target(LOGITS, other, TARGET)
     for t, y in enumerate(TARGET):
         p, q = (torch.cat([row[t, :y], row[t, y + 1 :]]).softmax(-1) for row in (LOGITS, other))
-        assert found[t].item() == pytest.approx((p * (p / q).log()).sum().item())
-    found.sum().backward()
+        assert divergence[t].item() == pytest.approx((p * (p / q).log()).sum().item())
+    divergence.sum().backward()
     assert other.grad.isfinite().all()
     assert (other.grad[range(5), TARGET] == 0).all()
 

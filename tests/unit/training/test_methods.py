@@ -39,8 +39,8 @@ def test_every_setting_reaches_the_adapter(name):
     assert changed.keys() == METHODS[name].model_fields.keys() - OWN - elsewhere.get(name, set())
     config = METHODS[name](**changed).peft_config(100)
     for key, value in changed.items():
-        given = getattr(config, "target_r" if (name, key) == ("adalora", "r") else key)
-        assert (sorted(given) if isinstance(given, set) else given) == value, key
+        configured = getattr(config, "target_r" if (name, key) == ("adalora", "r") else key)
+        assert (sorted(configured) if isinstance(configured, set) else configured) == value, key
 
 
 def test_settings_that_exclude_those():

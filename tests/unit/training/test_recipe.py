@@ -67,25 +67,25 @@ def test_a_users_defaults_are_three_epochs_those_of_studies_and_the_papers_prese
     def size(train):
         return train.steps, train.epochs, train.batch_size * train.gradient_accumulation, train.max_length
 
-    made = recipe()
-    assert (made.method.name, made.method.preset, made.method.basis) == ("hiplora", "function-aware", "activation")
-    assert size(made.train) == (2000, None, 128, 2048)
+    study = recipe()
+    assert (study.method.name, study.method.preset, study.method.basis) == ("hiplora", "function-aware", "activation")
+    assert size(study.train) == (2000, None, 128, 2048)
     mine, paper = (load_recipe(write(folder, GOOD + end)) for end in ("", "method: {preset: paper}\n"))
     assert (size(mine.train), mine.data.template) == ((None, 3.0, 16, 1024), "auto")
-    assert (size(paper.train), paper.data.template) == (size(made.train), None)
+    assert (size(paper.train), paper.data.template) == (size(study.train), None)
     assert size(load_recipe(write(folder, GOOD + "train: {steps: 7, batch_size: 1}\n")).train) == (7, None, 4, 1024)
     assert load_recipe(write(folder, json.dumps(mine.values()))) == mine
 
 
 def test_keys_of_jobs_are_made_of_what_differs_from_the_defaults():
     """A study's job is named by the hash of this dump: a new default or field name would lose its records."""
-    made = recipe(
+    asked = recipe(
         data={"path": "a.jsonl", "held_out_fraction": 0.1, "template": "direct"},
         method={"name": "hiplora", "preset": "paper", "principal_rank": 8, "stability_weight": 0.5},
         train={"epochs": 2.0, "lr": 1e-3, "packing": False, "kl_weight": 0.1},
         seed=7,
     )
-    assert json.loads(json.dumps(made.model_dump(mode="json", exclude_defaults=True))) == {
+    assert json.loads(json.dumps(asked.model_dump(mode="json", exclude_defaults=True))) == {
         "model": "some/model",
         "data": {"path": "a.jsonl", "held_out_fraction": 0.1, "template": "direct"},
         "method": {"preset": "paper", "principal_rank": 8, "stability_weight": 0.5}
@@ -99,8 +99,8 @@ def test_keys_of_jobs_are_made_of_what_differs_from_the_defaults():
 
 
 def test_values_are_not_coerced_and_must_be_finite():
-    found = problems(train={"steps": "10", "batch_size": True, "lr": float("nan"), "packing": 1}, seed=1.5)
-    assert {loc[-1] for loc, _ in found} == {"steps", "batch_size", "lr", "packing", "seed"}
+    wrong = problems(train={"steps": "10", "batch_size": True, "lr": float("nan"), "packing": 1}, seed=1.5)
+    assert {loc[-1] for loc, _ in wrong} == {"steps", "batch_size", "lr", "packing", "seed"}
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_a_principal_rank_is_a_number_a_fraction_or_a_share_of_energy(rank):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_recipe_written_out_reads_back_the_same(name):
-    made = recipe(method=name, train={"epochs": 1.5}, data={"path": "a.jsonl", "held_out_fraction": 0.5})
-    assert TrainRecipe.model_validate(made.values()) == made
+    loaded = recipe(method=name, train={"epochs": 1.5}, data={"path": "a.jsonl", "held_out_fraction": 0.5})
+    assert TrainRecipe.model_validate(loaded.values()) == loaded
 
 
 def test_the_examples_are_recipes():
@@ -149,9 +149,9 @@ def test_the_examples_are_recipes():
 def test_paths_are_relative_to_the_recipe(folder, monkeypatch):
     path = write(folder, GOOD + "method: lora\nout: run\ntrain: {lr: 1e-3, steps: 7}\n")
     monkeypatch.chdir("/")
-    made = load_recipe(path)
-    assert (made.data.path, made.out) == (str(folder / "rows.jsonl"), str(folder / "run"))
-    assert (made.model, made.method.name, made.train.lr, made.train.steps) == ("some/model", "lora", 1e-3, 7)
+    loaded = load_recipe(path)
+    assert (loaded.data.path, loaded.out) == (str(folder / "rows.jsonl"), str(folder / "run"))
+    assert (loaded.model, loaded.method.name, loaded.train.lr, loaded.train.steps) == ("some/model", "lora", 1e-3, 7)
 
 
 def test_everything_wrong_is_listed_at_once(folder):
@@ -195,36 +195,36 @@ def test_what_is_not_a_recipe_is_refused(folder):
 
 def test_overrides_win_are_read_as_yaml_and_relative_to_the_current_folder(folder, monkeypatch):
     path = write(folder, GOOD + "method: hiplora\ntrain: {lr: 1e-3, steps: 9}\n")
-    made = load_recipe(path, ["train.lr=2e-5", "method.principal_rank=4", "train.packing=false", "data.limit=2"])
-    assert (made.train.lr, made.train.packing, made.train.steps) == (2e-5, False, 9)
-    assert (made.method.principal_rank, made.data.limit) == (4, 2)
+    loaded = load_recipe(path, ["train.lr=2e-5", "method.principal_rank=4", "train.packing=false", "data.limit=2"])
+    assert (loaded.train.lr, loaded.train.packing, loaded.train.steps) == (2e-5, False, 9)
+    assert (loaded.method.principal_rank, loaded.data.limit) == (4, 2)
     assert load_recipe(path, ["method=lora", "train.steps=", "train.epochs=1"]).train.epochs == 1
     (folder / "elsewhere").mkdir()
     mine = write_jsonl(folder / "elsewhere" / "mine.jsonl", [{"text": "a"}])
     monkeypatch.chdir(folder / "elsewhere")
     assert load_recipe(path, ["data.path=mine.jsonl"]).data.path == str(mine)
-    made = load_recipe(path, ["data=mine.jsonl", "data.limit=1", "data.mix={mine.jsonl: 0.5}"])
-    assert (made.data.path, made.data.limit, made.data.mix) == (str(mine), 1, {str(mine): 0.5})
+    loaded = load_recipe(path, ["data=mine.jsonl", "data.limit=1", "data.mix={mine.jsonl: 0.5}"])
+    assert (loaded.data.path, loaded.data.limit, loaded.data.mix) == (str(mine), 1, {str(mine): 0.5})
     assert "expected key=value" in complaints(path, "train.lr")
     assert "is not a block" in complaints(path, "seed=3", "seed.x=4")
 
 
 def test_an_adapter_to_start_from_must_be_of_the_same_method(folder):
     path = write(folder, GOOD + "method: {name: lora, r: 4}\ntrain: {start_from: first}\n")
-    given = folder / "first"
-    given.mkdir()
+    start = folder / "first"
+    start.mkdir()
     assert "first has no adapter_config.json" in complaints(path)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (given / name).touch()
+        (start / name).touch()
     for method, said in (
         ("name: lora, r: 8", "holds another adapter (method.r: 8 there, 4 here)"),
         ("name: osf", "method osf there, lora here"),
         ("name: lora, r: 4, rankk: 2", "is not a recipe of this version"),
     ):
-        write(given, f"method: {{{method}}}\n")
+        write(start, f"method: {{{method}}}\n")
         assert said in complaints(path)
-    write(given, "method: {name: lora, r: 4, lora_dropout: 0.0}\n")
-    assert load_recipe(path).train.start_from == str(given)
+    write(start, "method: {name: lora, r: 4, lora_dropout: 0.0}\n")
+    assert load_recipe(path).train.start_from == str(start)
 
 
 def test_checking_a_recipe_loads_no_heavy_library(folder):

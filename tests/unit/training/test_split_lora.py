@@ -89,7 +89,7 @@ def trainer(tmp_path):
             return samples, items
 
     model = put_on(recipe.method, tiny_llama(), tiny_tokenizer(), seed=recipe.seed)
-    made = Noting(
+    noting = Noting(
         model=model,
         args=_arguments(recipe, tmp_path, 3, flat=True),
         train_dataset=Dataset.from_list(rows),
@@ -97,7 +97,7 @@ def trainer(tmp_path):
         session=recipe.method.session(model, 9),
         record=Record(tmp_path, recipe.train, "test"),
     )
-    return made, steps
+    return noting, steps
 
 
 def whole_models(model):
@@ -144,9 +144,9 @@ def test_training_is_what_the_definition_says(trainer):
         for one, other in zip(parts[1], parts[2], strict=True) if number >= 2 else ():
             one.data = (5 * one.data + 4 * other.data) / 9
             other.data = one.data.clone()
-    found = dict(trainer.model.named_parameters())
-    for name, wanted in clients[0].named_parameters():
-        if wanted.requires_grad:
-            moved = (wanted - start[name]).norm()
+    actual = dict(trainer.model.named_parameters())
+    for name, expected in clients[0].named_parameters():
+        if expected.requires_grad:
+            moved = (expected - start[name]).norm()
             assert moved > 0
-            assert (found[name] - wanted).norm() < 1e-3 * moved  # Adam magnifies rounding where gradients vanish
+            assert (actual[name] - expected).norm() < 1e-3 * moved  # Adam magnifies rounding where gradients vanish

@@ -101,8 +101,8 @@ def test_the_choice_is_the_same_on_an_adapted_model():
 
 
 def test_any_method_of_peft_can_be_asked_and_targets_that_match_nothing_are_refused():
-    (found,) = find_targets(tiny_llama(), LoraConfig(target_modules=["v_proj"], layers_to_transform=[1]))
-    assert (found.name, found.shape) == ("model.layers.1.self_attn.v_proj", (32, 64))
+    (target,) = find_targets(tiny_llama(), LoraConfig(target_modules=["v_proj"], layers_to_transform=[1]))
+    assert (target.name, target.shape) == ("model.layers.1.self_attn.v_proj", (32, 64))
     for targets in (["nothing"], "*_proj"):
         with pytest.raises(ConfigError, match="target_modules"):
             find_targets(tiny_llama(), HipLoraConfig(target_modules=targets))
@@ -119,15 +119,15 @@ def test_any_method_of_peft_can_be_asked_and_targets_that_match_nothing_are_refu
 )
 def test_experts_are_excluded_by_any_of_their_names(excluded, left):
     targets = {"target_modules": ["gate_proj", "up_proj", "down_proj"], "exclude_modules": excluded}
-    found = names_of(skeleton("mixtral"), HipLoraConfig(**targets))
-    assert {name.split(".")[-2] for name in found} == left
+    names = names_of(skeleton("mixtral"), HipLoraConfig(**targets))
+    assert {name.split(".")[-2] for name in names} == left
 
 
 def test_a_pattern_means_all_experts_of_a_list():
     settings = {"preset": "paper", "r": 2, "principal_rank": 4, "target_modules": ["gate_up_proj", "down_proj"]}
     patterns = {"rank_pattern": {"down_proj": 3}, "principal_rank_pattern": {"w1": 5, r"layers\.0.*down_proj": 6}}
     adapted = get_peft_model(CASE["mixtral"].make(), HipLoraConfig(**settings, **patterns))
-    found = {name: (layer.r["default"], len(layer.hiplora_sigma["default"])) for name, layer in hip_layers(adapted)}
-    assert {(r, k) for name, (r, k) in found.items() if "gate_up_proj" in name} == {(2, 5)}
-    assert {(r, k) for name, (r, k) in found.items() if "down_proj" in name and "layers.0." in name} == {(3, 6)}
-    assert {(r, k) for name, (r, k) in found.items() if "down_proj" in name and "layers.1." in name} == {(3, 4)}
+    ranks = {name: (layer.r["default"], len(layer.hiplora_sigma["default"])) for name, layer in hip_layers(adapted)}
+    assert {(r, k) for name, (r, k) in ranks.items() if "gate_up_proj" in name} == {(2, 5)}
+    assert {(r, k) for name, (r, k) in ranks.items() if "down_proj" in name and "layers.0." in name} == {(3, 6)}
+    assert {(r, k) for name, (r, k) in ranks.items() if "down_proj" in name and "layers.1." in name} == {(3, 4)}

@@ -9,7 +9,7 @@ from scipy import stats
 
 from hiplora.study.protocols.claims import holm
 from hiplora.study.records import Findings
-from tests.unit.study.protocols.made import made_study
+from tests.unit.study.protocols.by_hand import study_of
 
 NAMES = {"metric": "retain difference", "method": "HiP-LoRA (paper)", "minus": "LoRA"}
 RETAIN = {**NAMES, "form": "accuracy", "estimate": -3.0, "low": -4.0, "high": -2.0}
@@ -17,10 +17,10 @@ RETAIN = {**NAMES, "form": "accuracy", "estimate": -3.0, "low": -4.0, "high": -2
 
 def judged(tmp_path, *rows, claim="retain", form="accuracy", section="single-task"):
     """The verdict on a claim from a section's measurements."""
-    study, _ = made_study(tmp_path, "claims: {hiplora: hiplora, lora: lora}")
-    told = study.recipe.protocols.claims.judge(study, [Findings(pd.DataFrame(rows), name=section)])
-    assert set(told.tables[""][1].Verdict) >= {"not measured"}
-    return json.loads(told.files["claims.json"])["claims"][claim][form]
+    study, _ = study_of(tmp_path, "claims: {hiplora: hiplora, lora: lora}")
+    findings = study.recipe.protocols.claims.judge(study, [Findings(pd.DataFrame(rows), name=section)])
+    assert set(findings.tables[""][1].Verdict) >= {"not measured"}
+    return json.loads(findings.files["claims.json"])["claims"][claim][form]
 
 
 DOWNSTREAM = {"metric": "mean score difference", "estimate": -0.2, "low": -0.9, "high": 0.5}  # margin: a point
@@ -39,8 +39,8 @@ DOWNSTREAM = {"metric": "mean score difference", "estimate": -0.2, "low": -0.9, 
     ],
 )
 def test_a_claim_is_judged_by_the_side_of_its_interval(tmp_path, claim, change, verdict, as_large):
-    found = judged(tmp_path, {**RETAIN, **change}, claim=claim)
-    assert (found["verdict"], found["as_large"]) == (verdict, as_large)
+    claimed = judged(tmp_path, {**RETAIN, **change}, claim=claim)
+    assert (claimed["verdict"], claimed["as_large"]) == (verdict, as_large)
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
@@ -66,5 +66,5 @@ def test_claims_about_gains_that_did_not_move_are_not_exercised(tmp_path, gain, 
     label = {"method": "HiP-LoRA (paper)", "type": "all"}
     row = {**label, "metric": "gain correlation", "estimate": -0.5, "low": -0.7, "high": -0.3}
     moved = {**label, "metric": "median relative gain", "estimate": gain}
-    found = judged(tmp_path, row, moved, claim="allocation", form="measured", section="allocation")
-    assert found["verdict"] == verdict
+    claimed = judged(tmp_path, row, moved, claim="allocation", form="measured", section="allocation")
+    assert claimed["verdict"] == verdict

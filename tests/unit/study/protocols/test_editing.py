@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.unit.study.protocols.made import fill, made_study, row, table
+from tests.unit.study.protocols.by_hand import fill, row, study_of, table
 
 EDITING = (
     "editing: {methods: [lora, hiplora], modes: [MODE], alphaedit: {layers: [0]}, crispedit: {energy: 0.5}, "
@@ -27,7 +27,7 @@ def edits(mode, correct, *stages):
 
 
 def filled(tmp_path, mode, lora, others):
-    study, _ = made_study(tmp_path, EDITING.replace("MODE", mode))
+    study, _ = study_of(tmp_path, EDITING.replace("MODE", mode))
     settings = study.recipe.protocols.editing
     return fill(study, settings, lambda job, at: lora[at["seed"]] if at["method"] == "LoRA" else others)
 
@@ -38,22 +38,23 @@ def test_an_edit_counts_with_its_mean_over_the_seeds_and_losses_are_of_the_quest
         100: edits("batch", [1, 1], stage([0, 1], [1, 1]), stage([2, 3], [0, 0])),
     }
     others = edits("batch", [0, 0], stage([0, 1], [1, 1]), stage([2, 3], [1, 1]))
-    found = filled(tmp_path, "batch", lora, others)
-    success = row(found, "edit success", "LoRA", set="facts", mode="batch")
+    findings = filled(tmp_path, "batch", lora, others)
+    success = row(findings, "edit success", "LoRA", set="facts", mode="batch")
     assert (success.estimate, success["items"], success.seeds) == (pytest.approx(100 * 2.5 / 4), 4, 2)
-    assert row(found, "locality", "LoRA").estimate == pytest.approx(25)
-    assert row(found, "locality difference", "HiP-LoRA (paper)", minus="LoRA").estimate == pytest.approx(75)
-    assert row(found, "log-probability change", "AlphaEdit").estimate == pytest.approx(-1.5)
-    kind = row(found, "edit success by category", "LoRA", category="Entity/Attribute")
+    assert row(findings, "locality", "LoRA").estimate == pytest.approx(25)
+    assert row(findings, "locality difference", "HiP-LoRA (paper)", minus="LoRA").estimate == pytest.approx(75)
+    assert row(findings, "log-probability change", "AlphaEdit").estimate == pytest.approx(-1.5)
+    kind = row(findings, "edit success by category", "LoRA", category="Entity/Attribute")
     assert kind.estimate == pytest.approx(75)
-    assert list(table(found, "editing-facts-batch").index) == ["LoRA", "HiP-LoRA (paper)", "AlphaEdit", "CrispEdit"]
-    assert "HiP-LoRA (paper) 0.5" in found.text
+    assert list(table(findings, "editing-facts-batch").index) == ["LoRA", "HiP-LoRA (paper)", "AlphaEdit", "CrispEdit"]
+    assert "HiP-LoRA (paper) 0.5" in findings.text
 
 
 def test_of_a_sequence_all_edits_so_far_count_after_each_stage(tmp_path):
     run = edits("sequential", [1, 1], stage([0, 1], [1, 1]), stage([0, 1, 2, 3], [1, 0, 0, 0]))
-    found = filled(tmp_path, "sequential", {42: run, 100: run}, run)
-    assert row(found, "edit success", "LoRA").estimate == 25
-    course = found.measured[(found.measured.metric == "edit success so far") & (found.measured.method == "LoRA")]
+    findings = filled(tmp_path, "sequential", {42: run, 100: run}, run)
+    assert row(findings, "edit success", "LoRA").estimate == 25
+    rows = findings.measured
+    course = rows[(rows.metric == "edit success so far") & (rows.method == "LoRA")]
     assert course.set_index("edits").estimate.to_dict() == {2: 100, 4: 25}
-    assert "editing-facts-sequence" in found.figures
+    assert "editing-facts-sequence" in findings.figures

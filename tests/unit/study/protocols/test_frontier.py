@@ -5,7 +5,7 @@ import pytest
 
 from hiplora.errors import ConfigError
 from hiplora.study.protocols.frontier import NOT_REACHED, PASSED, REACHED, Frontier
-from tests.unit.study.protocols.made import finish, made_study, row, scored, table, tables, trained
+from tests.unit.study.protocols.by_hand import finish, row, scored, study_of, table, tables, trained
 
 FRONTIER = (
     "frontier: {domains: {sums: [lora, lora-mlp, hiplora]}, rates: [0.001, 0.01], plain: [lora, lora-mlp], "
@@ -25,8 +25,8 @@ EQUAL = {"metric": "drift ratio at equal loss", "text": "all texts"}
 
 
 @pytest.fixture
-def found(tmp_path):
-    study, store = made_study(tmp_path, FRONTIER)
+def findings(tmp_path):
+    study, store = study_of(tmp_path, FRONTIER)
     names = {study.row(name).title: name for name in AFTER}
     for job, at in study.recipe.protocols.frontier.runs(study):
         if at["method"] == "Base model":
@@ -39,38 +39,38 @@ def found(tmp_path):
     return tables(study)
 
 
-def test_drift_at_equal_loss_is_paired_by_seed_and_bounded_where_a_method_learned_less(found):
+def test_drift_at_equal_loss_is_paired_by_seed_and_bounded_where_a_method_learned_less(findings):
     # Half-way between LoRA's points the KL is √(0.1 · 10) = 1 and √(0.1 · 40) = 2, against 0.01.
-    one = row(found, **EQUAL, method="LoRA", operating=True)
+    one = row(findings, **EQUAL, method="LoRA", operating=True)
     assert (one.estimate, one.loss, one.state) == (pytest.approx(np.sqrt(100 * 200)), 1.5, "reached")
     assert one.low < one.estimate < one.high
     # LoRA on the MLPs at its own best, 1.6: there the reference is four fifths of the way from 0.001 to 0.01.
-    one = row(found, **EQUAL, method="LoRA on the MLPs", operating=True)
+    one = row(findings, **EQUAL, method="LoRA on the MLPs", operating=True)
     assert (one.estimate, one.loss) == pytest.approx((0.1 / 10**-2.2, 1.6))
-    bound = row(found, **EQUAL, method="LoRA on the MLPs", operating=False, lr=0.01)
+    bound = row(findings, **EQUAL, method="LoRA on the MLPs", operating=False, lr=0.01)
     assert (bound.estimate, bound.state) == (pytest.approx(10), "not reached")
     assert np.isnan(bound.high)
-    shown = table(found, "frontier-sums-rates")["0.01 (loss 1.500)"]
+    shown = table(findings, "frontier-sums-rates")["0.01 (loss 1.500)"]
     assert shown["LoRA on the MLPs"] == "≥ 10 (not reached)"
 
 
-def test_the_best_plain_lora_is_the_one_that_drifts_least_where_it_learned_as_much(found):
-    one = row(found, **EQUAL, method="Best plain LoRA", operating=True)
+def test_the_best_plain_lora_is_the_one_that_drifts_least_where_it_learned_as_much(findings):
+    one = row(findings, **EQUAL, method="Best plain LoRA", operating=True)
     assert one.which == "LoRA on the MLPs"
-    assert table(found, "frontier-sums-equal").index[0] == "Best plain LoRA (LoRA on the MLPs)"
-    assert row(found, **EQUAL, method="Best plain LoRA", operating=False, lr=0.01).which == "LoRA"
-    assert table(found, "frontier-sums-rates").index[0] == "Best plain LoRA (LoRA on the MLPs; LoRA)"
-    assert set(found.figures) == {"frontier-sums-lora"}
+    assert table(findings, "frontier-sums-equal").index[0] == "Best plain LoRA (LoRA on the MLPs)"
+    assert row(findings, **EQUAL, method="Best plain LoRA", operating=False, lr=0.01).which == "LoRA"
+    assert table(findings, "frontier-sums-rates").index[0] == "Best plain LoRA (LoRA on the MLPs; LoRA)"
+    assert set(findings.figures) == {"frontier-sums-lora"}
 
 
-def test_what_other_tasks_lose_is_the_fall_of_their_likelihoods(found):
-    assert row(found, "likelihood drop", "LoRA", lr=0.01).estimate == pytest.approx(20)
-    assert row(found, "likelihood drop", "HiP-LoRA (paper)", lr=0.01).estimate == pytest.approx(5)
+def test_what_other_tasks_lose_is_the_fall_of_their_likelihoods(findings):
+    assert row(findings, "likelihood drop", "LoRA", lr=0.01).estimate == pytest.approx(20)
+    assert row(findings, "likelihood drop", "HiP-LoRA (paper)", lr=0.01).estimate == pytest.approx(5)
 
 
 def test_a_domain_without_the_reference_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="lacks the `reference` 'hiplora'"):
-        made_study(tmp_path, FRONTIER.replace("lora-mlp, hiplora]", "lora-mlp]"))
+        study_of(tmp_path, FRONTIER.replace("lora-mlp, hiplora]", "lora-mlp]"))
 
 
 def envelope(*points):
@@ -99,8 +99,8 @@ STOPS = [(1e-3, 5, 2.0, 0.01), (1e-3, 10, 1.0, 1.0), (1e-2, 10, 0.5, 5.0)]
     ],
 )
 def test_the_drift_of_a_frontier_at_a_loss(points, x, drift, state):
-    found = envelope(*points).at(x)
-    assert (np.exp(found[0]), found[2]) == (pytest.approx(drift), state)
+    reading = envelope(*points).at(x)
+    assert (np.exp(reading[0]), reading[2]) == (pytest.approx(drift), state)
 
 
 ALIKE = [(1e-3, 10, [2.0, 2.0], [0.01, 0.04]), (1e-2, 10, [1.0, 1.0], [1.0, 4.0])]
@@ -117,5 +117,5 @@ CROSSED = [(1e-3, 10, [2.0, 1.1], [0.01, 0.01]), (1e-2, 10, [0.8, 1.2], [1.0, 1.
     ],
 )
 def test_each_seed_goes_along_the_same_points_at_its_own_loss(points, mean, x, drift):
-    found = envelope(*points)
-    assert np.exp(found.by_seed(np.array(x), found.at(mean)[1])) == pytest.approx(drift)
+    frontier = envelope(*points)
+    assert np.exp(frontier.by_seed(np.array(x), frontier.at(mean)[1])) == pytest.approx(drift)

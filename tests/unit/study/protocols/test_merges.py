@@ -4,7 +4,7 @@ import pytest
 
 from hiplora.metrics import merge_fail as merge_fail_share
 from hiplora.metrics import pass_at_k
-from tests.unit.study.protocols.made import fill, made_study, row, scored, table
+from tests.unit.study.protocols.by_hand import fill, row, scored, study_of, table
 
 CODE = (
     "domains={sums: {title: Sums, train: {path: gsm8k_train.jsonl, held_out_fraction: 0.1}, tasks: {gsm8k: 2}}, "
@@ -22,8 +22,8 @@ AFTER = {
 
 
 @pytest.fixture
-def merged(tmp_path):
-    study, _ = made_study(tmp_path, MERGING, *CODE)
+def findings(tmp_path):
+    study, _ = study_of(tmp_path, MERGING, *CODE)
 
     def of(job, at):
         alone = {"sums": ([60, 80], [0, 0]), "code": ([0, 0], [100, 0])}
@@ -33,30 +33,28 @@ def merged(tmp_path):
     return fill(study, study.recipe.protocols.merging, of)
 
 
-def test_before_is_each_domains_own_adapter_and_after_the_merge(merged):
-    found = merged
+def test_before_is_each_domains_own_adapter_and_after_the_merge(findings):
     asked = {"rule": "addition", "form": "likelihood"}
-    assert row(found, "merge score", "LoRA", reported="Sums", when="before", **asked).estimate == 70
-    assert row(found, "merge score", "LoRA", reported="Sums", when="after", **asked).estimate == 70
+    assert row(findings, "merge score", "LoRA", reported="Sums", when="before", **asked).estimate == 70
+    assert row(findings, "merge score", "LoRA", reported="Sums", when="after", **asked).estimate == 70
     # |70 − 50|, |50 − 0| in one seed, |70 − 90|, 0 in the other
-    drop = row(found, "mean drop", "LoRA", **asked)
+    drop = row(findings, "mean drop", "LoRA", **asked)
     assert (drop.estimate, drop.seeds) == (pytest.approx((20 + 50 + 20 + 0) / 4), 2)
-    assert row(found, "mean signed drop", "LoRA", **asked).estimate == pytest.approx(50 / 4)
-    apart = row(found, "mean drop difference", "LoRA on the MLPs", minus="LoRA", **asked)
+    assert row(findings, "mean signed drop", "LoRA", **asked).estimate == pytest.approx(50 / 4)
+    apart = row(findings, "mean drop difference", "LoRA on the MLPs", minus="LoRA", **asked)
     assert apart.estimate == pytest.approx(5 - 22.5)
-    index = table(found, "merging-addition-likelihood").index
+    index = table(findings, "merging-addition-likelihood").index
     assert list(index[:3]) == ["LoRA, before", "LoRA, after", "LoRA, drop"]
-    assert "(paper: 13.8)" in table(found, "merging-rules")["mean drop, accuracy"]["LoRA, TIES"]
+    assert "(paper: 13.8)" in table(findings, "merging-rules")["mean drop, accuracy"]["LoRA, TIES"]
 
 
-def test_pass_rates_follow_from_how_many_samples_of_an_item_passed(merged):
-    found = merged
+def test_pass_rates_follow_from_how_many_samples_of_an_item_passed(findings):
     for k, name in ((1, "Code"), (5, "Code pass@5"), (10, "Code pass@10")):
         asked = {"rule": "addition", "form": "accuracy", "reported": name}
         alone = 100 * pass_at_k(10, 10, k) / 2
-        scores = [row(found, "merge score", "LoRA", when=when, **asked).estimate for when in ("before", "after")]
+        scores = [row(findings, "merge score", "LoRA", when=when, **asked).estimate for when in ("before", "after")]
         assert scores == pytest.approx([alone, alone / 2])
-    assert "Code pass@5" not in table(found, "merging-addition-likelihood")
+    assert "Code pass@5" not in table(findings, "merging-addition-likelihood")
 
 
 FAIL = "merge_fail: {methods: [lora, lora-mlp], sizes: [2], instances: 9, taus: [0.5, 1.0], drift: true}"
@@ -74,7 +72,7 @@ MERGES = {
 
 
 def test_a_merge_fails_if_any_of_its_tasks_falls_below_the_threshold(tmp_path):
-    study, _ = made_study(tmp_path, FAIL)
+    study, _ = study_of(tmp_path, FAIL)
     settings = study.recipe.protocols.merge_fail
     tasks, drawn = {"sums": "gsm8k", "facts": "mmlu"}, settings.drawn(study)
 
@@ -84,19 +82,19 @@ def test_a_merge_fails_if_any_of_its_tasks_falls_below_the_threshold(tmp_path):
         sums, facts, kl = MERGES[at["method"]][tuple(seed for _, seed in drawn[at["merge"]][1])]
         return scored({"gsm8k": sums, "mmlu": facts}, {"prose": kl})
 
-    found = fill(study, settings, of)
+    findings = fill(study, settings, of)
     means = [{"sums": sum(s) / 2, "facts": sum(f) / 2} for s, f, _ in MERGES["LoRA"].values()]
     alone = [{"sums": 90, "facts": 90}] * 4
     for tau in (0.5, 0.9, 1.0):
-        one = row(found, "merge fail", "LoRA", form="accuracy", tau=tau, size="all")
+        one = row(findings, "merge fail", "LoRA", form="accuracy", tau=tau, size="all")
         assert one.estimate == 100 * merge_fail_share(means, alone, tau)
         assert one.low <= one.estimate <= one.high
-        assert row(found, "merge fail", "LoRA on the MLPs", form="accuracy", tau=tau, size="2").estimate == 0
-    apart = row(found, "merge fail difference", "LoRA on the MLPs", form="accuracy", tau=0.9, minus="LoRA")
+        assert row(findings, "merge fail", "LoRA on the MLPs", form="accuracy", tau=tau, size="2").estimate == 0
+    apart = row(findings, "merge fail difference", "LoRA on the MLPs", form="accuracy", tau=0.9, minus="LoRA")
     assert (apart.estimate, apart.merges) == (-50, 4)
-    none = row(found, "merge fail", "LoRA on the MLPs", form="accuracy", tau=0.9, size="all")
+    none = row(findings, "merge fail", "LoRA on the MLPs", form="accuracy", tau=0.9, size="all")
     assert (none.low, none.high) == (0, pytest.approx(100 * (1 - 0.025**0.25)))  # none of four failed
-    ratio = row(found, "drift ratio", "LoRA on the MLPs", text="prose")
+    ratio = row(findings, "drift ratio", "LoRA on the MLPs", text="prose")
     assert ratio.estimate == pytest.approx(0.25)
     assert ratio.low != ratio.low  # merges share their adapters: no interval
-    assert "(paper: 62)" in table(found, "merge-fail-accuracy")["MergeFail, all"]["LoRA, addition"]
+    assert "(paper: 62)" in table(findings, "merge-fail-accuracy")["MergeFail, all"]["LoRA, addition"]

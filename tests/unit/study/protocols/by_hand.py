@@ -13,7 +13,7 @@ TWO_DOMAINS = (
 )
 
 
-def made_study(folder, protocols, *changes):
+def study_of(folder, protocols, *changes):
     """A study over pico's data with some protocols, and an empty store."""
     changes = (*(changes or TWO_DOMAINS), f"protocols={{{protocols}}}")
     study = Study(load_study("pico", changes), Place(folder / "store", "pico", PICO_DATA))
