@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 
+import hiplora
 from hiplora import HipLoraConfig
 from hiplora.errors import ConfigError
 from hiplora.tuner import hip_layers
@@ -98,6 +99,15 @@ def test_a_merge_inside_autocast_is_as_exact_as_outside(base, ids):
         exact = layer.get_delta_weight("default")
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(layer.get_delta_weight("default"), exact)
+
+
+def test_an_adapter_is_made_and_loaded_inside_autocast_as_exactly_as_outside(base, ids, tmp_path):
+    base.adapted(init_weights=False).save_pretrained(tmp_path)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = base.adapted(init_weights=False)
+        loaded = peft.PeftModel.from_pretrained(base.make(), tmp_path)
+    assert hiplora.max_leak(made) < 1e-6
+    assert hiplora.max_leak(loaded) < 1e-6
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -209,7 +209,9 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def retracted(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and B, fp32 at least, in the complement of an adapter's protected directions (Eq. 4)."""
         self.ensure_factors(adapter)
-        return retracted(A, B, self.hiplora_U[adapter], self.hiplora_V[adapter], self.configs[adapter].basis_sides)
+        # A caller may have switched on TF32 or autocast, which would leave a leak of a thousandth.
+        with full_precision(A.device):
+            return retracted(A, B, self.hiplora_U[adapter], self.hiplora_V[adapter], self.configs[adapter].basis_sides)
 
     def leak(self, adapter: str) -> float:
         """Return the larger of ‖UᵀB‖/‖B‖ and ‖AV‖/‖A‖; 0 where the projection is off or soft."""
