@@ -284,7 +284,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     def _check_hooked(self, adapter: str) -> None:
         """Raise AdapterError if the gains need the optimizer hooks, and steps that these did not see trained them."""
-        if adapter not in self.hiplora_delta or adapter in self._hooked or observed():
+        if observed() or adapter not in self.hiplora_delta or adapter in self._hooked:  # compiled: no guard on a set
             return
         config, delta = self.configs[adapter], self.hiplora_delta.parameter(adapter)
         needs_hooks = config.gain_lr_ratio != 1 or (config.stability_mode != "none" and config.stability_weight > 0)
