@@ -19,7 +19,7 @@ from hiplora import HipLoraConfig
 from hiplora.adapters import save_dense
 from hiplora.errors import ConfigError, FactorError
 from hiplora.models import load, load_tokenizer
-from hiplora.tuner import CalibrationStore, input_bases, moments, sampled_rows, sampling
+from hiplora.tuner import CalibrationStore, input_bases, model_fingerprint, moments, sampled_rows, sampling
 from hiplora.tuner.moments import score
 from hiplora.tuner.sampling import conversation_scripts, sample_rows
 from tests.commands import run
@@ -290,6 +290,20 @@ def test_a_model_in_a_folder_brings_its_own_tokenizer_and_sampling_is_announced_
         rows = sampled_rows(model, 512, store=CalibrationStore(tmp_path))
     assert sum("first run with this model" in message for message in caplog.messages) == 1
     assert tokenizer.decode(rows[1]).startswith("[user]\n")
+
+
+def test_the_same_weights_under_other_settings_are_another_model_but_not_where_they_are_loaded_otherwise(
+    tiny, tmp_path
+):
+    tiny.make().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    model.config.use_cache = False
+    assert model_fingerprint(model) == model_fingerprint(tiny.make())
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
+    stretched = AutoModelForCausalLM.from_pretrained(tmp_path, rope_parameters=rope)
+    store, names = CalibrationStore(tmp_path / "store"), ["model.layers.1.mlp.down_proj"]
+    one, other = (input_bases(m, names, rows=rows(), store=store)[names[0]] for m in (tiny.make(), stretched))
+    assert not torch.allclose(one.values, other.values, rtol=1e-3)
 
 
 def test_an_interrupted_calibration_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
