@@ -12,6 +12,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import hiplora
@@ -20,7 +22,7 @@ from hiplora.adapters import save_dense
 from hiplora.errors import ConfigError, FactorError
 from hiplora.models import load, load_tokenizer
 from hiplora.tuner import CalibrationStore, input_bases, model_fingerprint, moments, sampled_rows, sampling
-from hiplora.tuner.moments import score
+from hiplora.tuner.moments import measure_inputs, measure_outputs, score
 from hiplora.tuner.sampling import conversation_scripts, sample_rows
 from tests.commands import run
 from tests.contract.conftest import logits, train
@@ -112,6 +114,22 @@ def test_a_loop_without_gradients_of_its_own_is_differentiated_all_the_same(tiny
     assert own.source == "run_model"
     assert_equal_factors(own, calibrated(tiny.make(), tmp_path, batch_size=12), 1e-4)
     assert not any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("length", [8, 7])
+def test_the_padding_of_an_encoders_text_is_not_the_decoders(length):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    ids, labels, padding = rows(4, 8) % 50, rows(4, length) % 50, torch.ones(4, 8, dtype=torch.long)
+    padding[:, 3:] = 0
+    encoder, decoder = "encoder.block.0.layer.1.DenseReluDense.wi", "decoder.block.0.layer.2.DenseReluDense.wi"
+
+    def run():
+        model(input_ids=ids, attention_mask=padding, labels=labels)
+
+    inputs = measure_inputs(model, [encoder, decoder], run)
+    assert (inputs[encoder].tokens, inputs[decoder].tokens) == (12, 4 * length)
+    assert measure_outputs(model, {decoder: 4}, run, 1000)[decoder].tokens == 4 * length
 
 
 def test_what_cannot_be_differentiated_is_told_the_way_out(tiny):
