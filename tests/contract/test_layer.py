@@ -143,6 +143,18 @@ def test_torch_compile_gives_the_same_output_and_gradients(tiny, monkeypatch):
     torch.testing.assert_close(gradients(compiled), gradients(layer))
 
 
+@pytest.mark.slow
+def test_a_compiled_layer_is_not_compiled_again_after_the_first_step(tiny, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' shape checks cannot be traced
+    _, layer = next(iter(hip_layers(tiny.adapted())))
+    optimizer, graphs = torch.optim.SGD(layer.parameters(), lr=0.1), []
+    compiled = torch.compile(layer, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for _ in range(3):
+        compiled(torch.randn(3, layer.in_features)).sum().backward()
+        optimizer.step()
+    assert len(graphs) == 1
+
+
 def test_the_linear_layer_alone_saves_no_more_than_its_input_and_the_thin_activation():
     case = layer_case(torch.float32, m=64, n=64, r=2, k=2)
     case["base_out"], case["x"] = torch.randn(32, 64), torch.randn(32, 64)
