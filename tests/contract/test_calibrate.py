@@ -12,6 +12,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import hiplora
@@ -19,8 +21,8 @@ from hiplora import HipLoraConfig
 from hiplora.adapters import save_dense
 from hiplora.errors import ConfigError, FactorError
 from hiplora.models import load, load_tokenizer
-from hiplora.tuner import CalibrationStore, input_bases, moments, sampled_rows, sampling
-from hiplora.tuner.moments import score
+from hiplora.tuner import CalibrationStore, input_bases, model_fingerprint, moments, sampled_rows, sampling
+from hiplora.tuner.moments import measure_inputs, measure_outputs, score
 from hiplora.tuner.sampling import conversation_scripts, sample_rows
 from tests.calls import watch
 from tests.commands import succeed
@@ -113,6 +115,22 @@ def test_a_loop_without_gradients_of_its_own_is_differentiated_all_the_same(tiny
     assert own.source == "run_model"
     assert_equal_factors(own, calibrated(tiny.make(), tmp_path, batch_size=12), 1e-4)
     assert not any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("length", [8, 7])
+def test_the_padding_of_an_encoders_text_is_not_the_decoders(length):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    ids, labels, padding = rows(4, 8) % 50, rows(4, length) % 50, torch.ones(4, 8, dtype=torch.long)
+    padding[:, 3:] = 0
+    encoder, decoder = "encoder.block.0.layer.1.DenseReluDense.wi", "decoder.block.0.layer.2.DenseReluDense.wi"
+
+    def run():
+        model(input_ids=ids, attention_mask=padding, labels=labels)
+
+    inputs = measure_inputs(model, [encoder, decoder], run)
+    assert (inputs[encoder].tokens, inputs[decoder].tokens) == (12, 4 * length)
+    assert measure_outputs(model, {decoder: 4}, run, 1000)[decoder].tokens == 4 * length
 
 
 def test_what_cannot_be_differentiated_is_told_the_way_out(tiny):
@@ -282,6 +300,20 @@ def test_a_model_in_a_folder_brings_its_own_tokenizer_and_sampling_is_announced_
         rows = sampled_rows(model, 512, store=CalibrationStore(tmp_path))
     assert sum("first run with this model" in message for message in caplog.messages) == 1
     assert tokenizer.decode(rows[1]).startswith("[user]\n")
+
+
+def test_the_same_weights_under_other_settings_are_another_model_but_not_where_they_are_loaded_otherwise(
+    tiny, tmp_path
+):
+    tiny.make().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    model.config.use_cache = False
+    assert model_fingerprint(model) == model_fingerprint(tiny.make())
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
+    stretched = AutoModelForCausalLM.from_pretrained(tmp_path, rope_parameters=rope)
+    store, names = CalibrationStore(tmp_path / "store"), ["model.layers.1.mlp.down_proj"]
+    one, other = (input_bases(m, names, rows=rows(), store=store)[names[0]] for m in (tiny.make(), stretched))
+    assert not torch.allclose(one.values, other.values, rtol=1e-3)
 
 
 def test_an_interrupted_calibration_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 
+import hiplora
 from hiplora import HipLoraConfig
 from hiplora.errors import ConfigError
 from hiplora.tuner import hip_layers
@@ -100,6 +101,15 @@ def test_a_merge_inside_autocast_is_as_exact_as_outside(base, ids):
             assert torch.equal(layer.get_delta_weight("default"), exact)
 
 
+def test_an_adapter_is_made_and_loaded_inside_autocast_as_exactly_as_outside(base, ids, tmp_path):
+    base.adapted(init_weights=False).save_pretrained(tmp_path)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = base.adapted(init_weights=False)
+        loaded = peft.PeftModel.from_pretrained(base.make(), tmp_path)
+    assert hiplora.max_leak(made) < 1e-6
+    assert hiplora.max_leak(loaded) < 1e-6
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(base, ids, reentrant):
     def gradients(checkpointing):
@@ -131,6 +141,18 @@ def test_torch_compile_gives_the_same_output_and_gradients(tiny, monkeypatch):
         return {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
 
     torch.testing.assert_close(gradients(compiled), gradients(layer))
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_is_not_compiled_again_after_the_first_step(tiny, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' shape checks cannot be traced
+    _, layer = next(iter(hip_layers(tiny.adapted())))
+    optimizer, graphs = torch.optim.SGD(layer.parameters(), lr=0.1), []
+    compiled = torch.compile(layer, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for _ in range(3):
+        compiled(torch.randn(3, layer.in_features)).sum().backward()
+        optimizer.step()
+    assert len(graphs) == 1
 
 
 def test_the_linear_layer_alone_saves_no_more_than_its_input_and_the_thin_activation():

@@ -348,12 +348,13 @@ def test_an_adapter_that_was_made_here_takes_no_factors_of_another_base(tiny, id
         load(5)
 
 
+@pytest.mark.parametrize("rank", [8, "energy:0.9"])
 @pytest.mark.parametrize("basis", ["weight", "activation"])
-def test_a_base_without_values_is_refused_by_name(tiny, tmp_path, basis):
+def test_a_base_without_values_is_refused_by_name(tiny, tmp_path, basis, rank):
     with torch.device("meta"):
         empty = tiny.make()
     with pytest.raises(FactorError, match=r"layer model\..*meta device"):
-        peft.get_peft_model(empty, tiny.config(basis=basis), low_cpu_mem_usage=True)
+        peft.get_peft_model(empty, tiny.config(basis=basis, principal_rank=rank), low_cpu_mem_usage=True)
     tiny.adapted().save_pretrained(tmp_path)
     with pytest.raises(FactorError, match=r"layer model\.layers\..*meta device"):
         peft.PeftModel.from_pretrained(empty, tmp_path, low_cpu_mem_usage=True)

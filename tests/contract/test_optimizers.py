@@ -338,6 +338,20 @@ def test_a_copy_is_served_like_the_original(ids, copied, gradient_projection):
     torch.testing.assert_close(values(twin), values(original), rtol=0, atol=0)
 
 
+def test_an_adapter_that_rests_in_the_optimizer_keeps_every_bit(ids):
+    model = moved(init_weights=False)
+    model.add_adapter("resting", Base("untied").config(init_weights=False))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if ".resting." in name}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(model, ids).backward()
+        optimizer.step()
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert hiplora.max_leak(model) < LEAK
+
+
 def test_a_step_into_nan_stops_and_names_the_layer(ids):
     model = moved()
     optimizer = sgd(trainable(model))

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hiplora.spectral.factors import widest
+from hiplora.spectral.svd import as_matrix
 
 RankSpec = int | float | str
 EXPECTED_RANK = "an integer of at least 1, a fraction in (0, 1), or 'energy:x' with x in (0, 1)"
@@ -61,9 +62,9 @@ def rank_for_energy(energies: Float[Tensor, " q"], share: float) -> int:
     return int(reached.int().argmax()) + 1 if reached.any() else len(energies)
 
 
-def squared_singular_values(weight: Float[Tensor, "m n"]) -> Float[Tensor, " q"]:
-    """Return all σ² of a weight, descending, in float64 (fp32 where the device has none)."""
-    upcast = weight.detach().to(widest(weight.device))
+def squared_singular_values(weight: Float[Tensor, "m n"], name: str = "weight") -> Float[Tensor, " q"]:
+    """Return all σ² of a weight, descending, in float64 (fp32 where the device has none); errors as `as_matrix`."""
+    upcast = as_matrix(weight, 1, name).to(widest(weight.device))
     flat = upcast if upcast.shape[0] <= upcast.shape[1] else upcast.T
     return torch.linalg.eigvalsh(flat @ flat.T).flip(0).clamp_min(0.0)
 

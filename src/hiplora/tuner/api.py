@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
-from hiplora.spectral import full_precision
 from hiplora.tuner.layer import HipLoraLinear
 
 
@@ -37,8 +36,7 @@ def retract_(model: nn.Module) -> None:
     """Put every adapter's residual factors back into the complement now, in place (Eq. 4); idempotent."""
     for _, layer in hip_layers(model):
         for adapter in layer.hiplora_A:
-            with full_precision(layer.hiplora_A[adapter].device):
-                layer.retract_(adapter)
+            layer.retract_(adapter)
 
 
 def max_leak(model: nn.Module) -> float:

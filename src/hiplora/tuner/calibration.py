@@ -196,7 +196,7 @@ def weight_factors(
     with unrolled(model):
         for target in tqdm(targets, "factoring weights", unit=" modules", delay=2, leave=False, disable=None):
             weight = frozen_weight(model.get_submodule(target.name))
-            energies = functools.partial(squared_singular_values, weight)
+            energies = functools.partial(squared_singular_values, weight, target.name)
             k = resolve_rank(config.principal_ranks.get(target.name, target.k), target.shape, energies)
             yield target, store.get_or_compute(weight, k, config.svd_tolerance, name=target.name)
 

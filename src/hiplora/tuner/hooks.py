@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from hiplora.errors import DivergedError
-from hiplora.spectral import full_precision, penalty_gradient, proximal_step
+from hiplora.spectral import penalty_gradient, proximal_step
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.layer import HipLoraLinear
 from hiplora.tuner.state import Watch, is_sharded, own_part
@@ -115,8 +115,13 @@ _stepping: weakref.WeakKeyDictionary[Optimizer, list[_SteppedAdapter]] = weakref
 
 
 def _stepped_adapters(optimizer: Optimizer) -> Iterator[_SteppedAdapter]:
-    """Yield every adapter of a layer with parameters in the optimizer."""
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    """Yield every adapter of a layer with parameters that the optimizer steps: a frozen one keeps every bit."""
+    groups = {
+        id(parameter): group
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad or parameter.grad is not None
+    }
     for layer in sorted(HipLoraLinear.live, key=lambda layer: layer.name):  # in one order in all processes
         for name in layer.hiplora_A:
             parameters = {kind: by_name.parameter(name) for kind, by_name in layer.parameters_of(name).items()}
@@ -206,13 +211,9 @@ def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if adapter.pays("proximal") and not (found_inf is not None and found_inf.item()):
             step = float(adapter.group.get("lr", 0.0)) * ratio * adapter.config.stability_weight
             adapter.gains.copy_(proximal_step(adapter.gains, adapter.weights, step))
-    residual = [adapter for adapter in adapters if adapter.parameters.keys() - {"hiplora_delta"}]
-    if residual:
-        # A trainer may have switched on TF32 or autocast, which would leave a leak of a thousandth.
-        with full_precision(next(iter(residual[0].parameters.values())).device):
-            for adapter in residual:
-                adapter.layer.retract_(adapter.name)
-                _retract_iterates(adapter, optimizer)
+        if adapter.parameters.keys() - {"hiplora_delta"}:
+            adapter.layer.retract_(adapter.name)
+            _retract_iterates(adapter, optimizer)
     _check_finite(adapters)
 
 

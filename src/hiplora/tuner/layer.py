@@ -209,7 +209,9 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def retracted(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and B, fp32 at least, in the complement of an adapter's protected directions (Eq. 4)."""
         self.ensure_factors(adapter)
-        return retracted(A, B, self.hiplora_U[adapter], self.hiplora_V[adapter], self.configs[adapter].basis_sides)
+        # A caller may have switched on TF32 or autocast, which would leave a leak of a thousandth.
+        with full_precision(A.device):
+            return retracted(A, B, self.hiplora_U[adapter], self.hiplora_V[adapter], self.configs[adapter].basis_sides)
 
     def leak(self, adapter: str) -> float:
         """Return the larger of ‖UᵀB‖/‖B‖ and ‖AV‖/‖A‖; 0 where the projection is off or soft."""
@@ -282,7 +284,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     def _check_hooked(self, adapter: str) -> None:
         """Raise AdapterError if the gains need the optimizer hooks, and steps that these did not see trained them."""
-        if adapter not in self.hiplora_delta or adapter in self._hooked or observed():
+        if observed() or adapter not in self.hiplora_delta or adapter in self._hooked:  # compiled: no guard on a set
             return
         config, delta = self.configs[adapter], self.hiplora_delta.parameter(adapter)
         needs_hooks = config.gain_lr_ratio != 1 or (config.stability_mode != "none" and config.stability_weight > 0)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora.model import _get_encoder
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -74,6 +75,12 @@ class _Collector:
     def _hooks(self) -> Iterator[Any]:
         raise NotImplementedError
 
+    def _decodes_as_many(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a decoder reads rows of its own in a call, as long as the encoder's, which the mask is of."""
+        own = next((kwargs[name] for name in ("decoder_input_ids", "labels") if kwargs.get(name) is not None), None)
+        is_pair = getattr(getattr(self._model, "config", None), "is_encoder_decoder", False)
+        return is_pair and own is not None and self._mask is not None and own.shape == self._mask.shape
+
     def add(self, name: str, vectors: Tensor, mask: Tensor | None) -> None:
         """Add the vectors (…, n) of one call to a moment, without padding where the mask fits them."""
         flat = vectors.reshape(-1, vectors.shape[-1])
@@ -120,19 +127,21 @@ class MomentCollector(_Collector):
 
     side = "input"
     _last: tuple[str, Tensor] | None = None
+    _masked: set[nn.Module] | None = None  # the modules that the mask applies to; None: wherever it fits
 
     def _hooks(self) -> Iterator[Any]:
         yield self._model.register_forward_pre_hook(self._begin, with_kwargs=True)
         for name in self._modules:
             yield self._model.get_submodule(name).register_forward_pre_hook(self._hook(name), with_kwargs=True)
 
-    def _begin(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._mask, self._last = token_mask(args, kwargs), None
+        self._masked = {*(_get_encoder(model) or model).modules()} if self._decodes_as_many(kwargs) else None
 
     def _hook(self, name: str) -> Any:
         shared = shared_space(name, "input")
 
-        def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             x, last = next(iter((*args, *kwargs.values()))), self._last
             if shared is not None:
                 self.add(shared, x, None)
@@ -140,7 +149,7 @@ class MomentCollector(_Collector):
                 self.leader[name] = last[0]
             elif self.leader.setdefault(name, name) == name:  # else its leader has added this tensor in this pass
                 self._last = (name, x)
-                self.add(name, x, self._mask)
+                self.add(name, x, self._mask if self._masked is None or module in self._masked else None)
 
         return hook
 
@@ -176,6 +185,8 @@ class GradientCollector(_Collector):
                 f"{_INPUT_SIDE}"
             )
         self._mask = token_mask(args, kwargs)
+        if self._decodes_as_many(kwargs):
+            self._mask = None  # the logits are the decoder's; no gradient reaches the encoder's padding
         torch.set_grad_enabled(not self._done)
         if "use_cache" in inspect.signature(model.forward).parameters:  # RWKV would write its state in place
             kwargs = {**kwargs, "use_cache": False}

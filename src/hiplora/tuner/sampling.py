@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import json
 import logging
 import re
 import time
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from hiplora.chat_template import prepare_template
@@ -45,6 +46,11 @@ OWN_DATA = (
 CACHES = ("past_key_values", "cache_params", "state")  # models' names for the cache of earlier tokens
 _SAMPLED_AT_ONCE = 40
 _WRAPPERS = re.compile(r"\.(base_layer|original_module)\b")  # that adapters add to the names of a model's weights
+# Settings that say how a model was loaded or is used, not what it computes.
+_BOOKKEEPING = re.compile(
+    r"transformers_version|_name_or_path|architectures|(torch_)?dtype|use_cache|quantization_config|id2label|label2id"
+    r"|.*token_ids?"
+)
 logger = logging.getLogger(__name__)
 _FORMAT = 1  # raised when a measurement changes: old entries are then not found
 
@@ -61,7 +67,10 @@ class CalibrationStore(TensorStore):
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Return a hash of the values of all of a model's own weights; adapters on it must not be merged (AdapterError)."""
+    """Return a hash of all of a model's own weights, and of the settings that decide what it computes with them.
+
+    AdapterError: an adapter is merged into it.
+    """
     for name, module in model.named_modules():
         check_unmerged(module, name)
     digest = hashlib.sha256()
@@ -72,7 +81,17 @@ def model_fingerprint(model: nn.Module) -> str:
                 if type(value).dequantize is not Tensor.dequantize:  # torchao's
                     value = value.dequantize()
                 digest.update(f"{_WRAPPERS.sub('', name)} {weight_fingerprint(value, name)}\n".encode())
+    if isinstance(config := getattr(model, "config", None), PreTrainedConfig):
+        settings = _deciding(config.to_diff_dict())
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _deciding(settings: Any) -> Any:
+    """Return a configuration's settings, nested ones too, without those that a model's outputs do not depend on."""
+    if not isinstance(settings, dict):
+        return settings
+    return {str(key): _deciding(value) for key, value in settings.items() if not _BOOKKEEPING.fullmatch(str(key))}
 
 
 def sampled_rows(

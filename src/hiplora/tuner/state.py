@@ -318,7 +318,8 @@ def check_checkpoint(
             if not torch.isfinite(tensor).all():
                 raise AdapterError(f"layer {name}: {kind} in the adapter file has NaN or Inf; it is damaged")
         if "hiplora_U" in tensors:
-            _check_factors(layer, config, adapter, *(tensors[kind].float().cpu() for kind in FACTOR_NAMES))
+            with full_precision(torch.device("cpu")):
+                _check_factors(layer, config, adapter, *(tensors[kind].float().cpu() for kind in FACTOR_NAMES))
     if config.unverified:
         warnings.warn(
             f"the base model is stored in another precision than the adapter's ({config.base_precision}); the "

@@ -6,6 +6,7 @@ import struct
 import pytest
 import torch
 
+from hiplora.errors import FactorError
 from hiplora.spectral import (
     factors,
     is_rank,
@@ -81,3 +82,6 @@ def test_what_is_a_rank_and_what_is_none():
 def test_the_energies_of_a_weight_are_its_squared_singular_values(shape):
     weight = torch.randn(shape)
     torch.testing.assert_close(squared_singular_values(weight), torch.linalg.svdvals(weight.double()).square())
+    weight[0, 0] = torch.nan
+    with pytest.raises(FactorError, match=r"layer q_proj: the weight has NaN"):
+        squared_singular_values(weight, "q_proj")
