@@ -26,7 +26,7 @@ from hiplora.tuner.moments import measure_inputs, measure_outputs, score
 from hiplora.tuner.sampling import conversation_scripts, sample_rows
 from tests.calls import watch
 from tests.commands import succeed
-from tests.contract.conftest import logits, train
+from tests.contract.conftest import logits
 from tests.models.zoo import CASE
 from tests.tiny import left_as_it_was, tiny_llama, tiny_tokenizer
 
