@@ -95,8 +95,7 @@ class _Collector:
     ) -> Bases:
         """Return k `directions` of each layer's moment; layers that share a moment and k share one object."""
         spaces = {name: self.leader.get(name) or shared_space(name, self.side) or name for name in ranks}
-        moments = {space: self._moment(space) for space in dict.fromkeys(spaces.values())}
-        if missed := [name for name, space in spaces.items() if not moments[space].tokens]:
+        if missed := [name for name, space in spaces.items() if not self._is_reached(space)]:
             what = "token" if self.side == "input" else "gradient"
             remedy = "use text that runs through it"
             if len(missed) < len(spaces):
@@ -107,16 +106,22 @@ class _Collector:
         for name, k in ranks.items():
             key = spaces[name], k
             if key not in by_space:
-                by_space[key] = directions(moments[key[0]], k, name)
+                by_space[key] = directions(self._moment(key[0]), k, name)
             bases[name] = by_space[key]
         return bases
 
-    def _moment(self, name: str) -> SecondMoment:
-        """Return a moment: empty where no token came, zero for an expert that got none while others got some."""
-        expert = None if name in self.moments else shared_side(name)
-        if expert is None or not any(other.startswith(f"{expert[0]}.") for other in self.moments):
-            return self.moments.get(name, SecondMoment(1))
-        m, n = linear_target(self._model.get_submodule(name), name).shape
+    def _is_reached(self, space: str) -> bool:
+        """Whether tokens came to a layer, or to other experts of its list."""
+        if space in self.moments:
+            return self.moments[space].tokens > 0
+        expert = shared_side(space)
+        return expert is not None and any(other.startswith(f"{expert[0]}.") for other in self.moments)
+
+    def _moment(self, space: str) -> SecondMoment:
+        """Return the moment of a layer that was reached: zero for an expert that got no token while others got some."""
+        if space in self.moments:
+            return self.moments[space]
+        m, n = linear_target(self._model.get_submodule(space), space).shape
         moment = SecondMoment(n if self.side == "input" else m)
         moment.tokens = 1
         return moment
