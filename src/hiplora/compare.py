@@ -380,5 +380,6 @@ def _notes(texts: Mapping[str, str], train: Sequence[Example]) -> list[str]:
             if share
         ),
         "One run of each method with one seed: small differences may be chance.",
-        f"KL divergence in nats per token: at {SMALL} answers are worded differently, around 1 they differ.",
+        f"KL divergence in nats per token: at {SMALL} answers are worded differently, "
+        "around 1 they are other answers.",
     ]
