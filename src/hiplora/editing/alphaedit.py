@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from hiplora.adapters.update import Pair
-from hiplora.editing.editors import PositiveFloat, WeightEditor, WeightEdits
+from hiplora.editing.editors import PositiveFloat, WeightEditor, WeightEdits, block_of
 from hiplora.editing.edits import Edit
 from hiplora.editing.measure import BATCH_SIZE
 from hiplora.errors import AdapterError, ConfigError, DataError, FactorSettingError
@@ -114,12 +114,18 @@ def subject_states(
     """Return inputs of layers and the output of a block at the last token of each row of tokens, one a column, fp32."""
     inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
     outputs: list[Tensor] = []
-    with _output(model, block, lambda hidden: outputs.append(hidden[:, -1].float())), contextlib.ExitStack() as hooks:
+    batch: Sequence[list[int]] = ()
+
+    def last(states: Tensor) -> Float[Tensor, "rows n"]:  # some models flatten the rows before their MLPs
+        return states.reshape(len(batch), -1, states.shape[-1])[:, -1].float()
+
+    with _output(model, block, lambda hidden: outputs.append(last(hidden))), contextlib.ExitStack() as hooks:
         for name, batches in inputs.items():
-            hook = functools.partial(lambda batches, _, args: batches.append(args[0][:, -1].float()), batches)
+            hook = functools.partial(lambda batches, _, args: batches.append(last(args[0])), batches)
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
         for first in range(0, len(rows), BATCH_SIZE):
-            _logits(model, rows[first : first + BATCH_SIZE])
+            batch = rows[first : first + BATCH_SIZE]
+            _logits(model, batch)
     return {name: torch.cat(batches).T for name, batches in inputs.items()}, torch.cat(outputs).T
 
 
@@ -196,7 +202,7 @@ def _logits(model: nn.Module, rows: Sequence[list[int]]) -> Float[Tensor, "rows 
 
 
 class AlphaEditor(WeightEditor):
-    """Search values, spread what is missing over a few `mlp.down_proj`, update each in its null space.
+    """Search values, spread what is missing over the last layers of a few MLPs, update each in its null space.
 
     ConfigError if the settings do not fit the model, FactorError if a layer's inputs have no null space.
     """
@@ -204,7 +210,7 @@ class AlphaEditor(WeightEditor):
     def __init__(self, model: Any, tokenizer: Any, settings: AlphaEdit):
         super().__init__(model, settings)
         self._tokenizer, self._settings = tokenizer, settings
-        self._block = self.modules[-1].removesuffix(".mlp.down_proj")
+        self._block = block_of(self.modules[-1])
         bases = input_bases(model, self.modules, tokens=settings.calibration_tokens, seed=settings.seed)
         self._projectors = {
             name: null_space(basis, settings.threshold, name).to(self.weight(name).device)
@@ -239,7 +245,8 @@ class AlphaEditor(WeightEditor):
             if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
                 raise AdapterError(f"layer {name}: the update is not finite; lower value_lr")
             weight = self.weight(name)
-            weight.data = self._state[f"{name}.weight"] = (weight.data.double() + B @ A).to(weight.dtype)
+            self._state[f"{name}.weight"] = (weight.double() + B @ A).to(weight.dtype)
+            self.write(name, self._state[f"{name}.weight"])
             if f"{name}.A" in self._state:
                 A, B = torch.cat([self._state[f"{name}.A"], A]), torch.cat([self._state[f"{name}.B"], B], 1)
             self._state |= {f"{name}.A": A, f"{name}.B": B}

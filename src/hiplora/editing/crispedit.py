@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hiplora.adapters.update import Pair, balanced
-from hiplora.editing.editors import EditTraining, WeightEditor, WeightEdits, train_edits
+from hiplora.editing.editors import EditTraining, WeightEditor, WeightEdits, as_stored, train_edits
 from hiplora.editing.edits import Edit
 from hiplora.spectral import MomentBasis
 from hiplora.tuner import GRADIENT_TOKENS, CalibrationText
+from hiplora.tuner.targets import frozen_weight
 
 _RANK_TOLERANCE = 1e-6  # of the largest singular value; smaller ones are left out of the saved factors
 
@@ -52,9 +53,10 @@ def protected_pairs(inputs: MomentBasis, outputs: MomentBasis, energy: float) ->
 class _Masked(nn.Module):
     """A weight with a trained update beside it, less what that has in the protected pairs."""
 
-    def __init__(self, weight: Float[Tensor, "m n"], inputs: MomentBasis, outputs: MomentBasis, energy: float):
+    def __init__(self, layer: nn.Module, inputs: MomentBasis, outputs: MomentBasis, energy: float):
         super().__init__()
-        self.update = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
+        self._as_stored = functools.partial(as_stored, layer)
+        self.update = nn.Parameter(torch.zeros_like(frozen_weight(layer), dtype=torch.float32))
         self._E, self._F = inputs.vectors.to(self.update), outputs.vectors.to(self.update)
         self._pairs = protected_pairs(inputs, outputs, energy).to(self.update)
 
@@ -63,12 +65,19 @@ class _Masked(nn.Module):
         return update - self._F @ (self._pairs * (self._F.T @ update @ self._E)) @ self._E.T
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the edited weight."""
-        return weight + self.masked(self.update).to(weight.dtype)
+        """Return the edited weight, as the layer stores it."""
+        return weight + self._as_stored(self.masked(self.update)).to(weight.dtype)
+
+
+def _unmask(layer: nn.Module, order: Sequence[str]) -> None:
+    """Take the update from beside a layer's weight, and leave its parameters in their order."""
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    for name in order:
+        layer.register_parameter(name, layer._parameters.pop(name))
 
 
 class CrispEditor(WeightEditor):
-    """Train the weights of a few `mlp.down_proj` on the edits, off the protected pairs."""
+    """Train the weights of the last layers of a few MLPs on the edits, off the protected pairs."""
 
     def __init__(
         self, model: Any, tokenizer: Any, settings: CrispEdit, training: EditTraining, progress: bool = False
@@ -79,7 +88,8 @@ class CrispEditor(WeightEditor):
         inputs = text.inputs(self.modules)
         outputs = text.outputs({name: len(self.weight(name)) for name in self.modules}, GRADIENT_TOKENS)
         self._masked = {
-            name: _Masked(self.weight(name), inputs[name], outputs[name], settings.energy) for name in self.modules
+            name: _Masked(model.get_submodule(name), inputs[name], outputs[name], settings.energy)
+            for name in self.modules
         }
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
@@ -87,15 +97,17 @@ class CrispEditor(WeightEditor):
         with contextlib.ExitStack() as stack:
             for name, masked in self._masked.items():
                 layer, previous = self.model.get_submodule(name), self._state.get(f"{name}.update")
-                self.weight(name).data = self.of_base(name)
+                order = list(layer._parameters)
+                self.write(name, self.of_base(name))
                 masked.update.data = torch.zeros_like(masked.update) if previous is None else previous.clone()
                 parametrize.register_parametrization(layer, "weight", masked)
-                stack.callback(parametrize.remove_parametrizations, layer, "weight", leave_parametrized=False)
+                stack.callback(_unmask, layer, order)
             training = self._train(edits)
         for name, masked in self._masked.items():
-            edited, update = masked(self.of_base(name)).detach(), masked.update.detach()
-            self._state |= {f"{name}.weight": edited, f"{name}.update": update}
-            self.weight(name).data = edited
+            base, update = self.of_base(name), masked.update.detach()
+            self._state[f"{name}.weight"] = base + masked.masked(update).to(base.dtype)
+            self._state[f"{name}.update"] = update
+            self.write(name, self._state[f"{name}.weight"])
         shares = {name: masked._pairs.mean().item() for name, masked in self._masked.items()}
         return {**training, "protected_pairs": shares}
 

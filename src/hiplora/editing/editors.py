@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from peft import PeftConfig, PeftModel, get_peft_model
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from hiplora.adapters import AdapterUpdate, compare_modules, read_update, refuse_over, write_lora
 from hiplora.adapters.update import Pair
 from hiplora.editing.edits import Edit
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.evaluation.likelihood import encode, response_log_probs
-from hiplora.tuner import model_fingerprint
+from hiplora.tuner import HipLoraConfig, model_fingerprint
+from hiplora.tuner.targets import find_targets, frozen_weight, quantization
 
 Adapt = Callable[[Any], PeftModel]
 _WRITE_TOLERANCE = 1e-5  # share of an update's norm that may be lost in writing
@@ -135,6 +138,11 @@ class Editor(ABC):
             raise AdapterError("editing changed weights of the base model in place; load the model again")
 
 
+def as_stored(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Turn an (m, n) weight into the layout in which a layer stores it, or back."""
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
 class AdapterEditor(Editor):
     """Edits trained into an adapter of PEFT: `adapt` is a configuration, or puts an adapter on the bare model."""
 
@@ -177,7 +185,7 @@ class AdapterEditor(Editor):
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class WeightEdits:
-    """Settings of all methods that edit weights: the blocks whose `mlp.down_proj` is edited (None: `default_layers`).
+    """Settings of all methods that edit weights: the blocks whose `mlp_outputs` are edited (None: `default_layers`).
 
     The directions to preserve are measured on `calibration_tokens` of text that the model samples itself, by `seed`.
     """
@@ -190,19 +198,19 @@ class WeightEdits:
     seed: int = 0
 
     def modules(self, model: nn.Module) -> list[str]:
-        """Return the edited modules' names, in order; ConfigError if it is no Llama, or has no block of an index."""
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        projections = [name for name in linear if re.search(r"\.\d+\.mlp\.down_proj$", name)]
+        """Return the edited modules' names, in order; ConfigError if the model lacks them."""
+        projections = mlp_outputs(model)
         depth = len(projections)
         if depth < 2:
             raise ConfigError(
-                "the model has no blocks with a linear layer mlp.down_proj to edit; train an adapter instead"
+                f"{self.title} edits the dense MLPs of unquantised decoders, and {type(model).__name__} has {depth} of "
+                "the two it takes at least; train an adapter instead"
             )
         layers = default_layers(depth) if self.layers is None else self.layers
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > depth - 2:
             raise ConfigError(
                 f"layers is {list(layers)}; expected rising indices from 0 to {depth - 2}: the model has "
-                f"{depth} blocks, and something must come after the last that is edited"
+                f"{depth} blocks with an MLP, and something must come after the last that is edited"
             )
         return [projections[index] for index in layers]
 
@@ -213,10 +221,31 @@ def default_layers(depth: int) -> tuple[int, ...]:
     return tuple(range(max(0, last - 4), last + 1))
 
 
+def block_of(name: str) -> str:
+    """Return the numbered block of a module; empty if it is in none."""
+    match = re.match(r".*?\.\d+(?=\.)", name)
+    return match[0] if match else ""
+
+
+def mlp_outputs(model: Any) -> list[str]:
+    """Return of each block of a decoder the layer that its MLP ends with, unless it is quantised or of experts."""
+    outputs: dict[str, str] = {}
+    if model.config.is_encoder_decoder:
+        return []
+    with contextlib.suppress(ConfigError):  # no MLP was recognised
+        width, modules = model.config.get_text_config().hidden_size, dict(model.named_modules())
+        for target in find_targets(model, HipLoraConfig()):
+            layer, block = modules.get(target.name), block_of(target.name)
+            editable = isinstance(layer, (nn.Linear, Conv1D)) and quantization(layer) is None
+            if block and editable and "expert" not in target.name and target.shape[0] == width:
+                outputs[block] = target.name
+    return list(outputs.values())
+
+
 class WeightEditor(Editor):
     """Edits in the weights of a few layers, `modules`; ConfigError if the model lacks them.
 
-    `_state` has each edited `NAME.weight`, a separate tensor, and what else a method needs to go on from it.
+    `_state` has each edited `NAME.weight` (m, n), a separate tensor, and what else a method needs to go on from it.
     """
 
     def __init__(self, model: Any, settings: WeightEdits):
@@ -234,19 +263,24 @@ class WeightEditor(Editor):
         """Write the edits of a `state` in; an empty one puts the base's weights back."""
         self._state = {key: tensor.to(self.weight(key.rpartition(".")[0]).device) for key, tensor in state.items()}
         for name in self.modules:
-            self.weight(name).data = self._state.get(f"{name}.weight", self.of_base(name))
+            self.write(name, self._state.get(f"{name}.weight", self.of_base(name)))
 
     @abstractmethod
     def factors(self) -> dict[str, Pair]:
         """Return each module's update as (A, B) of `ΔW = BA`, in fp32."""
 
-    def weight(self, name: str) -> nn.Parameter:
+    def weight(self, name: str) -> Float[Tensor, "m n"]:
         """Return a module's weight as it is now."""
-        return self.model.get_submodule(name).get_parameter("weight")
+        return frozen_weight(self.model.get_submodule(name))
 
-    def of_base(self, name: str) -> Tensor:
+    def of_base(self, name: str) -> Float[Tensor, "m n"]:
         """Return a module's weight as it was."""
-        return self._originals[f"{name}.weight"][1]
+        return as_stored(self.model.get_submodule(name), self._originals[f"{name}.weight"][1])
+
+    def write(self, name: str, weight: Float[Tensor, "m n"]) -> None:
+        """Set a module's weight."""
+        layer = self.model.get_submodule(name)
+        layer.get_parameter("weight").data = as_stored(layer, weight)
 
     def save(self, folder: Path, base: str) -> None:
         """Write the edits so far as a plain LoRA adapter; `base` names the model.
