@@ -19,9 +19,9 @@ _ROOMS = (
 )
 
 if TYPE_CHECKING:
-    from hiplora.tuner import HipLoraConfig, calibrate, max_leak, retract_, stability_penalty
+    from hiplora.tuner import HipLoraConfig, calibrate, max_leak, retract_, stability_penalty, verify_base
 
-__all__ = ["HipLoraConfig", "__version__", "calibrate", "max_leak", "retract_", "stability_penalty"]
+__all__ = ["HipLoraConfig", "__version__", "calibrate", "max_leak", "retract_", "stability_penalty", "verify_base"]
 
 
 def __getattr__(name: str) -> Any:

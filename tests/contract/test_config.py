@@ -129,6 +129,7 @@ EFFECTS = {
     ),
     "how_to_load": lambda t, i: "import hiplora" in t.adapted(how_to_load="").peft_config["default"].how_to_load,
     "fingerprints": lambda t, i: set(t.adapted().peft_config["default"].fingerprints) == modules(t.adapted()),
+    "weight_samples": lambda t, i: set(t.adapted().peft_config["default"].weight_samples) == modules(t.adapted()),
     "base_precision": lambda t, i: t.adapted().peft_config["default"].base_precision == "float32",
 }
 

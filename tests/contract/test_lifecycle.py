@@ -1,5 +1,6 @@
 """What PEFT's users do with an adapter, from making it to merging it."""
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import hiplora
 from hiplora.errors import AdapterError, FactorError
+from hiplora.spectral import factors
 from hiplora.tuner import HipLoraLinear, hip_layers, model_fingerprint, sampled_rows
 from hiplora.tuner.moments import base_only
 from tests.contract.conftest import ACTIVATION, Base, logits, train
@@ -157,6 +159,22 @@ def test_loading_over_another_weight_names_the_module_and_leaves_the_base_alone(
         peft.PeftModel.from_pretrained(other, tmp_path)
     assert torch.equal(logits(other, ids), reference)
     assert not any(isinstance(m, HipLoraLinear) for m in other.modules())
+
+
+def test_loading_compares_a_sample_of_the_weights_and_all_values_on_request(tiny, ids, tmp_path, monkeypatch):
+    monkeypatch.setattr(factors, "_SAMPLED", 1)  # the two diagonals, as of a large weight
+    tiny.trained(ids).save_pretrained(str(tmp_path))
+    model = peft.PeftModel.from_pretrained(tiny.make(), str(tmp_path))
+    hiplora.verify_base(model)
+    other = tiny.make()
+    other.get_parameter("model.layers.1.self_attn.v_proj.weight").data[0, 1] += 1e-3  # on none of them
+    model = peft.PeftModel.from_pretrained(other, str(tmp_path))
+    with pytest.raises(AdapterError, match=r"layers\.1\.self_attn\.v_proj: the base model's weight is not the one"):
+        hiplora.verify_base(model)
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"weight_samples": {}}  # as 0.1 wrote it
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=r"layers\.1\.self_attn\.v_proj: the base model's weight is not the one"):
+        peft.PeftModel.from_pretrained(other, str(tmp_path))
 
 
 def test_a_base_in_another_precision_is_accepted_with_a_warning_but_no_other_weight(base, ids, tmp_path):

@@ -16,7 +16,7 @@ from hiplora.spectral.channels import (
     retract,
     soften,
 )
-from hiplora.spectral.factors import SpectralFactors, full_precision, weight_fingerprint
+from hiplora.spectral.factors import SpectralFactors, full_precision, weight_fingerprint, weight_sample
 from hiplora.spectral.rank import (
     EXPECTED_RANK,
     RankSpec,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hiplora.errors import FactorError
 
+_SAMPLED = 1 << 15  # values of a weight by which it is recognised
 _CHUNK_ELEMENTS = 1 << 22  # copies in another dtype are made a few MiB at a time, whatever the weight's size
 
 
@@ -74,6 +75,21 @@ def weight_fingerprint(weight: Tensor, name: str = "") -> str:
         values = rows.to(device="cpu", dtype=torch.float32).contiguous().numpy()
         digest.update(values.astype("<f4", copy=False).data)
     return digest.hexdigest()
+
+
+def weight_sample(weight: Float[Tensor, "m n"], name: str = "") -> str:
+    """Return the SHA-256 of a weight's shape and of some of its float32 values, from two diagonals or more.
+
+    They are `_SAMPLED` values, or all of a small weight's, and some of every row and column. So it costs little, and
+    tells weights apart that training, merging or rounding changed; a change of single values may not show.
+    """
+    check_values(weight, name)
+    tall = weight.detach() if len(weight) >= weight.shape[1] else weight.detach().T
+    rows, n = torch.arange(len(tall), device=tall.device)[:, None], tall.shape[1]
+    diagonals = min(n, max(2, _SAMPLED // len(tall)))
+    shifts = torch.arange(diagonals, device=tall.device) * n // diagonals
+    values = tall[rows, (rows + shifts) % n].to(device="cpu", dtype=torch.float32).numpy().astype("<f4", copy=False)
+    return hashlib.sha256(repr(tuple(weight.shape)).encode() + values.tobytes()).hexdigest()
 
 
 def row_chunks(tensor: Tensor) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 import peft as _peft  # complete before any module here uses a part of it: its import registers the tuner
 
-from hiplora.tuner.api import hip_layers, max_leak, retract_, stability_penalty
+from hiplora.tuner.api import hip_layers, max_leak, retract_, stability_penalty, verify_base
 from hiplora.tuner.calibration import (
     GRADIENT_TOKENS,
     SELF,

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
+from hiplora.spectral import weight_fingerprint
 from hiplora.tuner.layer import HipLoraLinear
+from hiplora.tuner.state import other_weights
+from hiplora.tuner.targets import check_unmerged, frozen_weight, precision
 
 
 def hip_layers(model: nn.Module) -> Iterator[tuple[str, HipLoraLinear]]:
@@ -46,3 +49,16 @@ def max_leak(model: nn.Module) -> float:
     are not retracted: the factors leave the complement, and act and are saved through the projection.
     """
     return max(layer.leak(adapter) for _, layer in hip_layers(model) for adapter in layer.hiplora_A)
+
+
+def verify_base(model: nn.Module) -> None:
+    """Compare all values of every adapted weight with those that its adapters were made for: loading compares some.
+
+    AdapterError if they differ, at the same precision; at another one the adapters' factors have decided.
+    """
+    for name, layer in hip_layers(model):
+        check_unmerged(layer, name)
+        fingerprint = weight_fingerprint(frozen_weight(layer), name)
+        for config in layer.configs.values():
+            if config.fingerprints[name] != fingerprint and config.base_precision == precision(layer):
+                raise other_weights([name], config)

@@ -126,6 +126,8 @@ class HipLoraConfig(PeftConfig):
             the activation basis) attenuates each by its energy: a fixed filter inside the factors.
         save_factors: save U, σ and V with the adapter; False recomputes them from the base model on load.
         fingerprints: filled in by the tuner: module → value hash of the weight that the adapter was made for.
+        weight_samples: filled in by the tuner: module → hash of some of that weight's values, which loading compares
+            (`hiplora.verify_base` compares all).
         principal_ranks: filled in by the tuner: module → k, where `principal_rank` depends on the layer.
         base_precision: filled in by the tuner: dtype (or quantisation) of those weights.
         calibration: filled in by the calibration: source and number of its tokens, and a key of model and text.
@@ -164,6 +166,7 @@ class HipLoraConfig(PeftConfig):
     svd_tolerance: float = 1e-4
     save_factors: bool = True
     fingerprints: dict[str, str] = field(default_factory=dict)
+    weight_samples: dict[str, str] = field(default_factory=dict)
     principal_ranks: dict[str, int] = field(default_factory=dict)
     base_precision: str = ""
     calibration: dict[str, Any] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.spectral import SpectralFactors
+from hiplora.spectral import SpectralFactors, weight_sample
 from hiplora.tuner.calibration import calibrate_itself, check_calibrated, weight_factors
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.experts import fuse, shared_side, unroll
@@ -35,6 +35,7 @@ from hiplora.tuner.targets import (
     Target,
     find_targets,
     for_module,
+    frozen_weight,
     keep_unpacked,
     left_out,
     precision,
@@ -82,7 +83,8 @@ class HipLoraModel(BaseTuner):
             if config.fingerprints:  # of another model's adapter, which keeps this object
                 config = copy.copy(config)
                 self.peft_config |= {name: config for name, other in self.peft_config.items() if other is peft_config}
-            config.fingerprints, config.principal_ranks, config.base_precision = {}, {}, ""
+            config.fingerprints, config.weight_samples = {}, {}
+            config.principal_ranks, config.base_precision = {}, ""
             for note in left_out(model, config, targets):
                 warnings.warn(note, stacklevel=2)
         fused = unroll(model) if any(map(shared_side, self._target_names)) else {}
@@ -152,6 +154,8 @@ class HipLoraModel(BaseTuner):
         factors = config.calibrated.pop(current_key, None)
         if factors is not None:
             config.fingerprints[current_key] = factors.fingerprint
+            if current_key not in config.weight_samples:
+                config.weight_samples[current_key] = weight_sample(frozen_weight(layer), current_key)
             if not isinstance(k, int):
                 config.principal_ranks[current_key] = factors.rank
         elif not isinstance(k, int) and current_key not in config.principal_ranks:
@@ -357,13 +361,9 @@ def _shared_factors(
     layers = [module for module in model.modules() if isinstance(module, HipLoraLinear)]
     for adapter, other in {name: found for layer in layers for name, found in layer.configs.items()}.items():
         if other is config or (config.from_checkpoint and _basis_of(other) == _basis_of(config)):
-            adapted = {
-                layer.name: layer for layer in layers if adapter in layer.configs and layer.has_factors(adapter)
-            }
+            adapted = {m.name: m for m in layers if adapter in m.configs and m.has_factors(adapter)}
             names = [target.name for target in targets if target.name in adapted]
-            factors = {
-                name: adapted[name].spectral_factors(adapter, other, other.fingerprints[name]) for name in names
-            }
+            factors = {n: adapted[n].spectral_factors(adapter, other, other.fingerprints[n]) for n in names}
             if all(t.name in factors and (factors[t.name].rank == t.k or not isinstance(t.k, int)) for t in targets):
                 return factors
     return None

@@ -14,7 +14,15 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
-from hiplora.spectral import SpectralFactors, factor_mismatch, full_precision, leak, protected, weight_fingerprint
+from hiplora.spectral import (
+    SpectralFactors,
+    factor_mismatch,
+    full_precision,
+    leak,
+    protected,
+    weight_fingerprint,
+    weight_sample,
+)
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.experts import unrolled
 from hiplora.tuner.functional import retracted
@@ -260,28 +268,37 @@ def note_leaks(layer: HipLoraLinear, _: Any) -> None:
 
 
 def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
-    """Compare an adapter's fingerprints with the model's weights; in another precision `check_checkpoint` decides."""
-    config.unverified, wrong = set(), []
+    """Compare the model's weights with those an adapter was made for; in another precision `check_checkpoint` decides.
+
+    A sample of each weight's values is compared, or where the adapter has none (of 0.1) all of them.
+    """
+    config.unverified, wrong, samples = set(), [], config.weight_samples
     with unrolled(model):
         for name, expected in config.fingerprints.items():
             try:
                 module = model.get_submodule(name)
-                fingerprint, stored = weight_fingerprint(frozen_weight(module), name), precision(module)
+                weight, stored = frozen_weight(module), precision(module)
             except AttributeError:
                 raise AdapterError(
                     f"layer {name}: the adapter was made for it, but this base model has no such module; "
                     f"load it over {config.base_model_name_or_path or 'the model it was trained on'}"
                 ) from None
             check_unmerged(module, name)
-            if fingerprint != expected and (stored == config.base_precision or not config.save_factors):
+            fits = (
+                weight_sample(weight, name) == samples[name]
+                if name in samples
+                else weight_fingerprint(weight, name) == expected
+            )
+            if not fits and (stored == config.base_precision or not config.save_factors):
                 wrong.append(name)
-            elif fingerprint != expected:
+            elif not fits:
                 config.unverified.add(name)
     if wrong:
-        raise _other_weights(wrong, config)
+        raise other_weights(wrong, config)
 
 
-def _other_weights(names: list[str], config: HipLoraConfig) -> AdapterError:
+def other_weights(names: list[str], config: HipLoraConfig) -> AdapterError:
+    """Return the error that these layers' weights are not those that an adapter was made for."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     reason = "" if config.save_factors else " (saved without its factors, it needs the very same values)"
     trained_on = config.base_model_name_or_path if config.from_checkpoint else ""
@@ -315,7 +332,7 @@ def check_checkpoint(
                     f"layer {name}: {kind} in the adapter file is {tuple(tensor.shape)}, expected {tuple(expected)}; "
                     "the file and adapter_config.json do not belong together"
                 )
-            if not torch.isfinite(tensor).all():
+            if not torch.stack(torch.aminmax(tensor)).isfinite().all():
                 raise AdapterError(f"layer {name}: {kind} in the adapter file has NaN or Inf; it is damaged")
         if "hiplora_U" in tensors:
             with full_precision(torch.device("cpu")):
@@ -344,7 +361,7 @@ def _check_factors(
     if foreign or layer.name in config.unverified:
         mismatch = factor_mismatch(frozen_weight(layer).float().cpu(), U, sigma, V, config.basis)
         if not mismatch <= other_precision_limit(precision(layer), "4bit" if foreign else config.base_precision or ""):
-            raise _other_weights([layer.name], config)
+            raise other_weights([layer.name], config)
 
 
 def retracted_state(state: Mapping[str, Tensor], config: HipLoraConfig, adapter: str) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from hiplora.spectral import (
     squared_singular_values,
     truncated_svd,
     weight_fingerprint,
+    weight_sample,
 )
 from tests.unit.spectral.matrices import gaussian
 
@@ -37,6 +38,24 @@ def test_only_shape_and_values_count_each_to_the_bit(monkeypatch):
         other = weight.clone()
         other.view(torch.int32).view(-1)[position] ^= 1
         assert weight_fingerprint(other) != whole
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (30, 30), (3, 50)])
+def test_a_sample_has_values_of_every_row_and_column_and_all_of_a_small_weight(shape, monkeypatch):
+    weight = gaussian(*shape)
+    for position in range(weight.numel()):
+        other = weight.clone()
+        other.view(-1)[position] += 1e-3
+        assert weight_sample(other) != weight_sample(weight)
+    monkeypatch.setattr(factors, "_SAMPLED", 1)
+    whole = weight_sample(weight)
+    assert weight_sample(weight.T.contiguous().T) == whole
+    assert weight_sample(weight.bfloat16()) == weight_sample(weight.bfloat16().float()) != whole
+    for line in [*weight.clone().split(1), *weight.clone().split(1, dim=1)]:
+        other = weight.clone()
+        other[torch.isin(weight, line)] += 1e-3
+        assert weight_sample(other) != whole
+    assert weight_sample(weight.reshape(-1, 2)) != whole
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 5), (7,), (2, 3, 4)])

@@ -18,7 +18,7 @@ MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ROLES = {"function-aware": MLP_PROJECTIONS, "paper": ATTENTION_PROJECTIONS}
 PAPER: dict[str, Any] = {"basis": "weight", "target_modules": list(ATTENTION_PROJECTIONS)}
 OF_THE_GAINS = ("stability_weight", "stability_gamma", "stability_mode", "gain_lr_ratio", "relative_gains")
-OF_THE_FACTORS = ("fingerprints", "principal_ranks", "base_precision", "calibration")
+OF_THE_FACTORS = ("fingerprints", "weight_samples", "principal_ranks", "base_precision", "calibration")
 Rank = (
     Annotated[int, Field(ge=1)]
     | Annotated[float, Field(gt=0, lt=1)]
