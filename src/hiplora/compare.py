@@ -83,14 +83,14 @@ METHODS = {
 }
 
 
-USUAL, OVER_EXPERTS = ("lora", "lora-mlp", "hiplora"), ("lora-attention", "hiplora")
+USUAL, OVER_EXPERTS, OF_ONE_KIND = ("lora", "lora-mlp", "hiplora"), ("lora-attention", "hiplora"), ("lora", "hiplora")
 
 
 @dataclass(frozen=True)
 class CompareSettings:
     """How long to train, and on what to measure. All methods get the same rows in one order.
 
-    `methods` None are those of `USUAL`, or over a mixture of experts those that fit it.
+    `methods` None are those of `USUAL`, or over a mixture of experts or a state space model those that fit it.
     """
 
     methods: tuple[str, ...] | None = None
@@ -135,7 +135,8 @@ def compare(
         raise ConfigError(f"--prompts: {too_long[:40]!r} fills the model's context of {limit} tokens; shorten it")
     folder, titles = RunFolder(Path(out), "plan.json", "results.json"), {key: METHODS[key].title for key in recipes}
     with trainings.measured(folder, titles, texts, questions, overwrite=overwrite, tell=tell) as (shared, runs):
-        records = {titles[key]: {"adapts": METHODS[key].adapts, **record} for key, record in runs.items()}
+        adapts = {key: METHODS["lora" if _has_one_kind(skeleton(model)) else key].adapts for key in recipes}
+        records = {titles[key]: {"adapts": adapts[key], **record} for key, record in runs.items()}
         adapters = {titles[key]: folder.path / "adapters" / key for key in recipes}
         base = trainings.base
         answers = folder.stage("answers", lambda: {"rows": base().answers(adapters, [*own_rows, *questions])})["rows"]
@@ -254,7 +255,8 @@ def method_recipes(
     if getattr(network.config, "quantization_config", None):
         raise ConfigError(f"model {model}: is quantised, and nothing can be added to its weights; name the whole one")
     has_experts = any(map(can_unroll, network.modules()))
-    methods = {key: METHODS[key] for key in settings.methods or (OVER_EXPERTS if has_experts else USUAL)}
+    usual = OVER_EXPERTS if has_experts else OF_ONE_KIND if _has_one_kind(network) else USUAL
+    methods = {key: METHODS[key] for key in settings.methods or usual}
     if has_experts and (unfit := methods.keys() & {"lora", "lora-mlp"}):
         why = "PEFT's LoRA adapts a mixture's experts and its router as parameters, not as layers"
         raise ConfigError(f"method {min(unfit)}: {why}, but lora-attention and hiplora fit; {way_out}")
@@ -277,6 +279,14 @@ def method_recipes(
         except ConfigError as error:
             raise ConfigError(f"method {key}: {error}; {way_out}") from error
     return recipes
+
+
+def _has_one_kind(network: Any) -> bool:
+    """Whether a model has no MLPs beside attention, so that every preset adapts all of its linear layers."""
+    try:
+        return default_targets(network) == default_targets(network, "paper")
+    except ConfigError:  # one of the two
+        return False
 
 
 def _questions(path: str | os.PathLike | None) -> list[str]:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hiplora.cli import probe as command
 from hiplora.evaluation import BaseReference, measure_drift
@@ -13,7 +14,7 @@ from hiplora.models import load
 from hiplora.probing import correlation, directions_of, intervened
 from hiplora.probing import run as probe_run
 from tests.commands import quietly
-from tests.tiny import tiny_tokenizer
+from tests.tiny import VOCABULARY, save_with_tokenizer, tiny_tokenizer
 from tests.unit.adapters.samples import base_model, save_tiny_gpt2
 
 PROSE = "The harbour master writes down every ship that comes in, and what it carries, and from where. " * 4
@@ -34,6 +35,16 @@ def probed(capsys, model, out, prose, *arguments):
     record = json.loads((out / "probe.json").read_text())
     assert shown == {"out": str(out), **{key: value for key, value in record.items() if key != "records"}}
     return record
+
+
+def test_the_default_layers_of_a_hybrid_are_among_those_with_the_modules(prose, tmp_path, capsys):
+    blocks = ["mlp", "attention", "mlp", "attention", "attention", "attention", "mlp"]
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "layers_block_type": blocks}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron_h", **sizes, **heads))
+    folder = save_with_tokenizer(model, tmp_path / "hybrid")
+    record = probed(capsys, folder, tmp_path / "out", prose, "--modules", "q_proj", "--kinds", "zero")
+    assert {row["layer"] for row in record["records"]} == {1, 3, 5}
 
 
 def test_every_direction_is_measured_under_every_intervention(tiny_model_dir, prose, tmp_path, capsys):

@@ -19,9 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def config(case, preset="paper", **changes):
-    targets = list(case.targets) if case.targets else None
     settings = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "principal_rank": 4, "task_type": case.task}
-    return HipLoraConfig(preset=preset, target_modules=targets, **{**settings, **changes})
+    return HipLoraConfig(preset=preset, **{**settings, **changes})
 
 
 def calibrated(case, model, **changes):

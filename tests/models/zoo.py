@@ -89,7 +89,6 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     auto: str = "AutoModelForCausalLM"
     batch: Callable[..., dict[str, torch.Tensor]] = text
-    targets: tuple[str, ...] | None = None  # where it has no MLP or attention that is found by role
     sizes: bool = True
 
     @property
@@ -153,7 +152,7 @@ CASES = [
     Case("GPT-OSS", "transposed experts with biases", "gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     Case("DeepSeek-V3", "experts, latent attention", "deepseek_v3", {**EXPERTS, **DEEPSEEK, **LATENT}),
     Case("Nemotron-H", "hybrid, experts without gates", "nemotron_h", {**EXPERTS, **NEMOTRON}),
-    Case("Mamba", "state space", "mamba", {"state_size": 4}, targets=("in_proj",)),
+    Case("Mamba", "state space", "mamba", {"state_size": 4}),
     Case("RecurrentGemma", "recurrent and attention blocks", "recurrent_gemma", RECURRENT),
     Case("LFM2", "convolutions and attention", "lfm2", LFM2),
     Case("Qwen3-Next", "linear attention, experts", "qwen3_next", {**QWEN_MOE, **LINEAR, **NEXT}),

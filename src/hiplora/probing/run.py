@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 from tqdm import tqdm
 
+from hiplora.adapters import module_place
 from hiplora.data.texts import drift_texts, text_source
 from hiplora.devices import pick_device
 from hiplora.evaluation import BaseReference, measure_drift
@@ -101,9 +102,11 @@ def probe_model(
     A drop is the KL from the base and the log of the perplexity's ratio, means over the tokens of all texts. `folder`
     keeps the finished directions; with it, a bar is shown. ConfigError if a setting does not fit the model.
     """
-    last = model.config.get_text_config().num_hidden_layers - 1
-    layers = {0, last // 2, last} if settings.layers is None else settings.layers
-    modules = find_modules(model, settings.modules, layers or None)
+    modules = find_modules(model, settings.modules, settings.layers or None)
+    layers = sorted({module_place(name)["layer"] for name in modules} - {None})  # of a hybrid, not all
+    if settings.layers is None and layers:
+        three = {layers[0], layers[(len(layers) - 1) // 2], layers[-1]}
+        modules = find_modules(model, settings.modules, three)
     weights = {f"{name}.weight": model.get_submodule(name).weight for name in modules}
 
     def measure(changed: nn.Module) -> Mapping[str, float]:

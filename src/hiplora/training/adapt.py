@@ -39,6 +39,7 @@ def fitting_config(
     """
     from hiplora.tuner import HipLoraConfig, default_targets, find_targets, matching_names
     from hiplora.tuner.experts import unrolled
+    from hiplora.tuner.targets import short_names
 
     config: Any = method.peft_config(steps) if stored is None else method.continued_config(stored)
     if method.target_modules == Method.model_fields["target_modules"].default:  # whatever this model calls them
@@ -51,9 +52,14 @@ def fitting_config(
             if isinstance(config, HipLoraConfig) or not matching_names(model, config):
                 way = "check method.target_modules and the patterns"
                 raise ConfigError(f"method {method.name} does not fit the model: {error}; {way}") from error
+    modules, head = dict(model.named_modules()), model.get_output_embeddings()
+    if config.target_modules == "all-linear" and not isinstance(config, HipLoraConfig):
+        with unrolled(model):
+            uncalled = {*matching_names(model, config)} - {target.name for target in targets}
+        if uncalled:  # PEFT refuses what Mamba's kernels read without a call
+            config.target_modules = {*short_names(model, [t.name for t in targets if t.name in modules])}
     for target in targets:
         method.check_layer(config, target)
-    modules, head = dict(model.named_modules()), model.get_output_embeddings()
     for target in targets:
         if head is not None and modules.get(target.name) is head:
             what = f"layer {target.name}: the training reads the output head's weight and never calls it"

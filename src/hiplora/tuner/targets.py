@@ -278,14 +278,17 @@ def pattern_key(pattern: Iterable[str], name: str) -> str:
 def default_targets(model: nn.Module, preset: str = "function-aware") -> list[str]:
     """Return the `target_modules` of a preset for this model: its MLP projections, or the paper's attention ones.
 
-    The names are as short as they can be without matching another module; experts have those of their 3-D parameters.
-    In a multimodal model that generates text, they are the text decoder's, without layers that only pictures reach.
-    ConfigError if none can be recognised.
+    A model with neither, such as Mamba, has all linear layers that its blocks call. The names are as short as they can
+    be without matching another module; experts have those of their 3-D parameters. In a multimodal model that generates
+    text, they are the text decoder's, without layers that only pictures reach. ConfigError if none can be recognised.
     """
     role = _ROLES[preset]
     with unrolled(model):
-        modules = {name: module for name, module in _whole_modules(model).items() if _role(name) == role}
-    chosen = [name for name, module in modules.items() if isinstance(module, ExpertList) or is_linear(_base(module))]
+        modules = _whole_modules(model)
+    linear = [name for name, module in modules.items() if isinstance(module, ExpertList) or is_linear(_base(module))]
+    chosen = [name for name in linear if _role(name) == role]
+    if not any(map(_role, linear)):
+        chosen = [name for name in linear if re.search(r"\.\d+\.", name) and not _read_by_kernels(model, name)]
     if chosen and getattr(model, "can_generate", bool)():
         chosen = _of_text(model, chosen) or chosen
     if not chosen:

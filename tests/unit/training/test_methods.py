@@ -1,11 +1,14 @@
 """A method is one file: every setting reaches PEFT's configuration, and methods are what they are called."""
 
+import peft
 import pytest
 import torch
 
 from hiplora.errors import ConfigError
 from hiplora.training.adapt import fitting_config, put_on
 from hiplora.training.baselines import METHODS
+from hiplora.tuner import find_targets
+from tests.models.zoo import CASE
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 # A value other than the default for every field of PEFT's.
@@ -95,3 +98,15 @@ def test_what_does_not_fit_the_model_is_found_without_its_weights(name, settings
 )
 def test_what_fits_is_taken(name, settings):
     fitting_config(METHODS[name](**settings), tiny_llama())
+
+
+@pytest.mark.parametrize("name", ["hiplora", "lora", "adalora", "osf"])
+def test_all_linear_leaves_out_what_a_state_space_model_never_calls(name):
+    model = CASE["Mamba"].make()
+    ranks = {"osf": {"effective_rank": 8}, "adalora": {}, "lora": {"r": 2}, "hiplora": {"r": 2, "principal_rank": 4}}[
+        name
+    ]
+    config = fitting_config(METHODS[name](target_modules="all-linear", **ranks), model, steps=10**9)
+    assert {target.name.rpartition(".")[2] for target in find_targets(model, config)} == {"in_proj"}
+    if name == "lora":
+        peft.get_peft_model(model, config)
