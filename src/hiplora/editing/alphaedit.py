@@ -115,6 +115,7 @@ def subject_states(
     inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
     outputs: list[Tensor] = []
     batch: Sequence[list[int]] = ()
+    size = BATCH_SIZE if can_pad(model, [len(row) for row in rows]) else 1  # tried before the hooks
 
     def last(states: Tensor) -> Float[Tensor, "rows n"]:  # some models flatten the rows before their MLPs
         return states.reshape(len(batch), -1, states.shape[-1])[:, -1].float()
@@ -123,8 +124,8 @@ def subject_states(
         for name, batches in inputs.items():
             hook = functools.partial(lambda batches, _, args: batches.append(last(args[0])), batches)
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
-        for first in range(0, len(rows), BATCH_SIZE):
-            batch = rows[first : first + BATCH_SIZE]
+        for first in range(0, len(rows), size):
+            batch = rows[first : first + size]
             _logits(model, batch)
     return {name: torch.cat(batches).T for name, batches in inputs.items()}, torch.cat(outputs).T
 
@@ -140,14 +141,18 @@ def search_value(
     require gradients. Source: ROME (Meng et al. 2022), Sect. 3.1.
     """
     examples = [item.encoded for item in prompts]
-    can_pad(model, (1, 2))  # tried before the hooks: they must see no rows but the prompts
+    # Tried before the hooks, which must see no rows but the prompts.
+    size = len(examples) if can_pad(model, [len(example.ids) for example in examples]) else 1
     positions = [len(item.ids) - len(item.encoded.ids) - 1 for item in prompts]  # from the end: padding is on the left
 
     def log_probs() -> tuple[Tensor, Tensor]:  # the answers' mean, and of what follows the essence
-        with _output(model, block, lambda hidden: _shifted(hidden, shift, positions)):
-            answers = torch.stack([row.mean() for row in response_log_probs(model, examples)]).mean()
+        rows: list[Tensor] = []
+        for start in range(0, len(examples), size):
+            places = positions[start : start + size]
+            with _output(model, block, lambda hidden, places=places: _shifted(hidden, shift, places)):
+                rows += response_log_probs(model, examples[start : start + size])
         with _output(model, block, lambda hidden: _shifted(hidden, shift, [-1])):
-            return answers, _logits(model, [essence])[0].log_softmax(-1)
+            return torch.stack([row.mean() for row in rows]).mean(), _logits(model, [essence])[0].log_softmax(-1)
 
     start = subject_states(model, (), block, [prompts[0].ids])[1][:, 0]
     shift = torch.zeros_like(start, requires_grad=True)

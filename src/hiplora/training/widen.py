@@ -17,7 +17,7 @@ from hiplora.data.encoding import IGNORED, encode_examples
 from hiplora.data.examples import load_data
 from hiplora.data.texts import ROW_LENGTH
 from hiplora.errors import ConfigError, HipLoraError
-from hiplora.evaluation.likelihood import end_tokens, pad_left, pad_token
+from hiplora.evaluation.likelihood import can_pad, end_tokens, pad_left, pad_token
 from hiplora.files import write_atomic
 from hiplora.positions import within_context
 from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
@@ -76,10 +76,11 @@ def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Te
         prompt = torch.tensor(row["input_ids"][: max(answer, 1)])
         prompts.append(prompt[-within_context(ROW_LENGTH, model) // 2 :])  # leaves as much to write
     written: list[Tensor] = []
+    size = BATCH_SIZE if can_pad(model, [len(prompt) for prompt in prompts]) else 1
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         while len(written) < len(prompts) and sum(map(len, written)) < tokens // 2:
-            written += _continued(model, tokenizer, prompts[len(written) : len(written) + BATCH_SIZE])
+            written += _continued(model, tokenizer, prompts[len(written) : len(written) + size])
     return [*written, *sampled_rows(model, max(tokens - sum(map(len, written)), tokens // 2))]
 
 

@@ -16,11 +16,14 @@ SIZES = {
     "gpt2": {"n_embd": 64, "n_layer": 4, "n_head": 4},
     "gptj": {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8},
     "opt": {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "recurrent_gemma": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "lru_width": 64}
+    | {"num_attention_heads": 4, "num_key_value_heads": 1},
 }
 EDITED = {
     "gpt2": ["transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj"],  # a Conv1D
     "gptj": ["transformer.h.0.mlp.fc_out", "transformer.h.1.mlp.fc_out"],
     "opt": ["model.decoder.layers.0.fc2", "model.decoder.layers.1.fc2"],  # in no MLP, which gets all rows as one
+    "recurrent_gemma": ["model.layers.0.mlp_block.down_proj", "model.layers.1.mlp_block.down_proj"],  # reads padding
 }
 
 
@@ -44,7 +47,7 @@ def test_the_last_layers_of_the_mlps_are_edited_saved_as_a_lora_and_put_back(dec
     if method == "alphaedit":
         first = EDITED[kind][0]
         threshold = input_bases(model, [first], tokens=400)[first].values.median().item()
-        settings = AlphaEdit(threshold=threshold, ridge=1e-3, calibration_tokens=400, value_steps=12, prefixes=0)
+        settings = AlphaEdit(threshold=threshold, ridge=1e-3, calibration_tokens=400, value_steps=12, prefixes=1)
         editor = AlphaEditor(model, tiny_tokenizer(), settings)
         assert max(editor.teach(EDITS[:3])["value_error"]) < 0.5
     else:
