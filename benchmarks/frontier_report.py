@@ -147,6 +147,15 @@ def abilities(out: Path) -> pd.DataFrame:
     return found.reset_index()
 
 
+def changed_tokens(records: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Return by KL and text the median share of next tokens chosen differently, over all points at about that KL."""
+    columns = records["metric"].str.split("/", expand=True)
+    named = records.assign(metric=columns[0], text=columns[1])
+    points = named.pivot_table(index=[*KEYS, "step", "scale", "text"], columns="metric", values="value").reset_index()
+    near = {str(kl): points[points["kl"].between(0.8 * kl, 1.25 * kl)] for kl in (0.01, 0.1)}
+    return {kl: rows.groupby("text")["greedy_changed"].median().round(4).to_dict() for kl, rows in near.items()}
+
+
 def titled(methods: pd.Series) -> pd.Series:
     """Return methods by the names that readers see."""
     return methods.map(lambda name: TITLES.get(name, name))
@@ -209,6 +218,7 @@ def report(out: Path, to: Path) -> None:
     equal = at_equal_loss(records)
     shown(equal).to_csv(to / "equal-loss.csv", index=False)
     (to / "equal-loss.json").write_text(equal.to_json(orient="records", indent=1) + "\n")
+    (to / "tokens.json").write_text(json.dumps(changed_tokens(records), indent=1) + "\n")
     if (out / "base-abilities.json").exists():
         found = abilities(out)
         shown_abilities(found).to_csv(to / "abilities.csv", index=False)

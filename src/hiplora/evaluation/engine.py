@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,12 @@ class TaskScores:
 class ScoringLM(HFLM):
     """lm-eval's Hugging Face model over a loaded one, plain or with an adapter; long rows go in smaller batches.
 
-    End tokens that a tokenizer adds to a text are removed; tokenizers without an end token work too.
+    End tokens that a tokenizer adds to a text are removed; tokenizers without an end token work too. The blanks that
+    end one of the `own_prompts`, which lm-eval scores with the answer, are its context, as in training.
     """
 
-    def __init__(self, model: torch.nn.Module, tokenizer: Any, batch_size: int = 8):
+    def __init__(self, model: torch.nn.Module, tokenizer: Any, batch_size: int = 8, own_prompts: Collection[str] = ()):
+        self._own_prompts = own_prompts
         specials = (getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
         prefix = next((token for token in specials if token is not None), None)
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix_token_id=prefix)
@@ -91,6 +93,10 @@ class ScoringLM(HFLM):
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokenize as lm-eval does; an answer that merges into its context, where lm-eval stops, is tokenized alone."""
+        if context in self._own_prompts:
+            prompt, whole = self.tok_encode(context), self.tok_encode(context + continuation)
+            if whole[: len(prompt)] == prompt and len(whole) > len(prompt):  # as hiplora trains them
+                return prompt, whole[len(prompt) :]
         prompt, answer = super()._encode_pair(context, continuation) if context else ([], [])
         return prompt, answer or self.tok_encode(continuation, add_special_tokens=False)
 
@@ -128,6 +134,7 @@ class Engine:
                 f"--suite: includes {', '.join(map(str, suite.include))}: task files there may run any code on this "
                 "machine (functions, templates); pass --allow-suite-code if you trust them"
             )
+        self._own = [request.name for request in suite.tasks if request.rows]
         self._settings, self._keys = settings, {request.name: request.lm_eval for request in suite.tasks}
         self._tasks = _load_tasks(suite, settings.folder, tokenizer)
         if any(getattr(task, "UNSAFE_CODE", False) for task in self._tasks.values()):
@@ -176,8 +183,9 @@ class Engine:
         keys = {name: self._keys[name] for name in tasks or self._tasks}
         torch.manual_seed(self._settings.seed)
         random.seed(self._settings.seed)
+        own_prompts = {doc.get("prompt") for name in self._own for doc in self._tasks[name].eval_docs} - {None}
         with _lm_eval(progress):
-            lm = ScoringLM(model, tokenizer, batch_size)
+            lm = ScoringLM(model, tokenizer, batch_size, own_prompts)
             results = evaluate(
                 lm,
                 {"tasks": {key: self._tasks[name] for name, key in keys.items()}, "groups": {}},

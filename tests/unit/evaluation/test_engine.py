@@ -146,10 +146,10 @@ def test_a_file_of_ones_own_rows_is_a_suite(tmp_path, form):
     assert engine.describe()["mine"]["title"] == "mine.jsonl"
     scores = engine.score(model, tokenizer)["mine"]
     assert (scores.form, len(scores.likelihood)) == (likelihood, len(rows))
-    # The texts that are scored: lm-eval takes blanks at a prompt's end for the answer's.
+    # The texts that are scored: lm-eval would take the line's end after [assistant] for the answer's.
     chats = {
-        "question_answer": ("[user]\nWhich?\n[assistant]", "\nThat."),
-        "messages": ("[user]\nHi\n[assistant]", "\nYes?"),
+        "question_answer": ("[user]\nWhich?\n[assistant]\n", "That."),
+        "messages": ("[user]\nHi\n[assistant]\n", "Yes?"),
     }
     pairs = [chats[form]] if form in chats else [tuple(row.values()) for row in rows if form == "prompt_completion"]
     if pairs:
