@@ -17,6 +17,7 @@ LAYERS = (
     {"cli"},
     {"demo", "tune"},
     {"compare", "study"},
+    {"trainings"},
     {"compare_report", "merge_check", "protect", "editing", "probing"},
     {"training"},
     {"evaluation", "merging", "reporting", "export"},

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from hiplora import __version__
 from hiplora.adapters import read_update, save_as_lora
-from hiplora.compare import METHODS, QUESTIONS, Base, CompareSettings, Tell, method_recipes
+from hiplora.compare import METHODS, QUESTIONS, CompareSettings, method_recipes
 from hiplora.compare_report import Results, mean_of, shown, spread
 from hiplora.data.examples import Example
 from hiplora.data.rows import read_rows
@@ -26,6 +26,7 @@ from hiplora.reporting import formatted
 from hiplora.reporting.html import Section, save_page
 from hiplora.run_folder import RunFolder
 from hiplora.training import TrainRecipe, train
+from hiplora.trainings import Base, Tell
 
 COMPARED = ("lora", "hiplora")
 ANSWER_TOKENS = 40

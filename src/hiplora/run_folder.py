@@ -138,6 +138,10 @@ class RunFolder:
             finally:
                 file.unlink(missing_ok=True)
 
+    def has_stage(self, name: str) -> bool:
+        """Whether a stage's result is stored, and whole."""
+        return read_state(self.path / "stages" / f"{name}.json") is not None
+
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the stored result of a stage; do its work and store it if there is none, or it is damaged."""
         file = self.path / "stages" / f"{name}.json"

@@ -11,13 +11,14 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from hiplora.compare import CompareSettings, Tell, Trainings, method_recipes
+from hiplora.compare import CompareSettings, method_recipes
 from hiplora.compare_report import Results
 from hiplora.data.texts import drift_texts
 from hiplora.errors import ConfigError
 from hiplora.files import write_atomic
 from hiplora.run_folder import RunFolder
 from hiplora.training import TrainRecipe
+from hiplora.trainings import Tell, Trainings
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def tune(
 
     `recipe.yaml` is the setting whose held-out loss is lowest while the drift stays within the limit, at a mark along
     the training or with the finished adapter scaled down; it is not written if no setting learns within the limit.
-    An unfinished search in `out` goes on where it stopped. ConfigError or DataError if settings, model, data or `out`
+    An unfinished search in `out` goes on where it stopped. Of several processes under a launcher all but the first
+    return nothing. ConfigError or DataError if settings, model, data or `out`
     cannot be used, before a model loads.
     """
     settings = settings or TuneSettings()
@@ -55,6 +57,9 @@ def tune(
     texts = drift_texts(settings.drift_text)
     trainings = Trainings("tune", model, data, recipes, settings)
     folder, titles = RunFolder(Path(out), "plan.json", "tune.json"), {key: key for key in recipes}
+    if not trainings.leads:
+        trainings.follow(folder)
+        return {}
     with trainings.measured(folder, titles, texts, overwrite=overwrite, tell=tell) as (shared, runs):
         base_loss = shared["base"]["held_out_loss"]
         best = {key: within(record, settings.max_drift, base_loss) for key, record in runs.items()}

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
-from transformers import MambaConfig, MixtralConfig
+from transformers import JetMoeConfig, MambaConfig, MixtralConfig
 
-from hiplora import compare as module
+from hiplora import trainings as module
 from hiplora.adapters import read_update
 from hiplora.compare import CompareSettings, compare, method_recipes
 from hiplora.compare_report import at_equal_learning, details, headline, next_steps, summary
@@ -181,12 +181,15 @@ def test_lora_on_experts_is_refused_before_anything_is_trained_and_what_fits_is_
     model, data, unnamed = job[0], job[1], replace(job[2], methods=None)
     assert [*method_recipes(str(tmp_path / "model"), data, unnamed)] == ["lora-attention", "hiplora"]
     assert [*method_recipes(model, data, unnamed)] == ["lora", "lora-mlp", "hiplora"]
+    MambaConfig(hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path / "mamba")
+    assert [*method_recipes(str(tmp_path / "mamba"), data, unnamed)] == ["lora", "hiplora"]
 
 
-@pytest.mark.parametrize("methods", [("lora-mlp",), ("lora", "hiplora"), ("hiplora-paper",)])
+@pytest.mark.parametrize("methods", [("lora-mlp",), ("lora", "hiplora")])
 def test_a_method_whose_layers_the_model_has_not_is_named_with_the_way_out(job, tmp_path, methods):
-    MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4).save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match=rf"method {methods[-1]}: .* recognised in Mamba.* name other --methods"):
+    sizes = {"hidden_size": 32, "num_key_value_heads": 2, "kv_channels": 16, "intermediate_size": 48}
+    JetMoeConfig(**sizes, num_hidden_layers=1).save_pretrained(tmp_path / "model")  # experts unlike others'
+    with pytest.raises(ConfigError, match=rf"method {methods[-1]}: .* recognised in JetMoe.* name other --methods"):
         compare(str(tmp_path / "model"), job[1], tmp_path / "out", replace(job[2], methods=methods))
 
 

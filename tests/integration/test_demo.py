@@ -9,11 +9,12 @@ import torch
 
 from hiplora import demo as module
 from hiplora.adapters import read_update
-from hiplora.compare import QUESTIONS, Base
+from hiplora.compare import QUESTIONS
 from hiplora.data.texts import drift_texts
 from hiplora.demo import DemoSettings, demo, headline, skills, summary
 from hiplora.errors import ConfigError
 from hiplora.evaluation.drift import cut_windows
+from hiplora.trainings import Base
 from tests import reference
 from tests.calls import watch
 from tests.commands import run

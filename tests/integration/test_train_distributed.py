@@ -16,6 +16,7 @@ from hiplora.training.reading import load_recipe
 from hiplora.training.result import TrainResult
 from hiplora.training.trainer import Record, last_checkpoint
 from tests.integration.training import recipe_file
+from tests.tiny import write_jsonl
 
 SETTINGS = {"rows": 40, "gradient_accumulation": 4, "packing": False, "save_every": 3}
 
@@ -46,6 +47,26 @@ def test_two_processes_equal_one_of_the_same_global_batch(tmp_path, tiny_model_d
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_comparison_in_two_processes_equals_that_in_one(tmp_path, tiny_model_dir):
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"The tide at {i} is {i * i}."} for i in range(40)])
+    options = ["--steps", "4", "--rank", "2", "--principal-rank", "8", "--max-length", "64"]
+    options, results = [*options, "--methods", "lora,hiplora"], {}
+    for processes in (1, 2):
+        out = tmp_path / f"of-{processes}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += ["-m", "hiplora", "compare", tiny_model_dir, data, "--out", out, *options]
+        done = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        results[processes] = json.loads(done.stdout)  # one process prints
+    one, two = ({name: run["trained"] for name, run in results[count]["methods"].items()} for count in (1, 2))
+    assert one.keys() == two.keys()
+    for name, points in one.items():
+        losses = [[point["held_out_loss"] for point in trained] for trained in (points, two[name])]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        assert losses[0][-1] < losses[0][0]
 
 
 def test_processes_that_cannot_share_the_batch_are_refused(tmp_path, tiny_model_dir, monkeypatch):

@@ -6,9 +6,9 @@ import re
 import shlex
 
 import pytest
-from transformers import MambaConfig
+from transformers import JetMoeConfig
 
-from hiplora import compare as comparison
+from hiplora import trainings as comparison
 from hiplora.errors import ConfigError
 from hiplora.training import load_recipe, train
 from hiplora.tune import TuneSettings, _recipes, _written, summary, tune, within, worst
@@ -110,7 +110,8 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(job,
 def test_a_model_without_the_layers_of_the_method_is_refused_with_a_way_out_that_the_command_has(
     job, tmp_path, capsys
 ):
-    MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4).save_pretrained(tmp_path / "model")
+    sizes = {"hidden_size": 32, "num_key_value_heads": 2, "kv_channels": 16, "intermediate_size": 48}
+    JetMoeConfig(**sizes, num_hidden_layers=1).save_pretrained(tmp_path / "model")  # experts unlike others'
     code, _, err = run(capsys, "tune", job[1], "--model", tmp_path / "model", "--out", tmp_path / "out")
     assert code == 2
-    assert re.search("method hiplora: .* recognised in Mamba.*; take another model", err)
+    assert re.search("method hiplora: .* recognised in JetMoe.*; take another model", err)

@@ -148,8 +148,8 @@ def search_value(
     def log_probs() -> tuple[Tensor, Tensor]:  # the answers' mean, and of what follows the essence
         rows: list[Tensor] = []
         for start in range(0, len(examples), size):
-            places = positions[start : start + size]
-            with _output(model, block, lambda hidden, places=places: _shifted(hidden, shift, places)):
+            shifted = functools.partial(_shifted, shift=shift, positions=positions[start : start + size])
+            with _output(model, block, shifted):
                 rows += response_log_probs(model, examples[start : start + size])
         with _output(model, block, lambda hidden: _shifted(hidden, shift, [-1])):
             return torch.stack([row.mean() for row in rows]).mean(), _logits(model, [essence])[0].log_softmax(-1)
