@@ -15,7 +15,7 @@ from safetensors.torch import load
 from hiplora import HipLoraConfig
 from hiplora.spectral import cache
 from hiplora.tuner import hip_layers
-from tests.commands import succeed
+from tests.commands import quietly, succeed
 from tests.tiny import save_tiny
 from tests.unit.adapters.samples import base_model, save_tiny_gpt2
 
@@ -131,3 +131,9 @@ def test_a_stopped_run_is_carried_on_by_the_next(tiny_model_dir, tmp_path, scrip
     said, errors = start("from hiplora.cli.main import main\n", tiny_model_dir, tmp_path).communicate(timeout=120)
     assert sum(layer["reused"] for layer in json.loads(said)["layers"]) == 3
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_beside_the_first_process_of_a_launcher_a_command_does_nothing(tiny_model_dir, root, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert quietly(capsys, "factorize", tiny_model_dir, "--rank", "8") == ""
+    assert not root.exists()

@@ -42,6 +42,7 @@ CALIBRATION_TEXT = Option(
     help="What the layers' inputs are measured on: a text file, training data, or a data set on the hub (owner/name or "
     "owner/name:config); else text that the model writes itself.",
 )
+TRAINING = ("train", "compare", "tune")  # commands that all processes of a launcher run
 TARGETS_HELP = "Module names separated by commas, a regular expression, or all-linear; else the {} projections."
 MLP_TARGETS = Option(None, help=TARGETS_HELP.format("MLP"))
 ATTENTION_TARGETS = Option(None, help=TARGETS_HELP.format("attention"))
@@ -69,7 +70,8 @@ def as_command(function: Callable[..., Any]) -> Callable[..., None]:
     """Make a Typer command of a function: its `Group`s unfolded, and what it yields printed.
 
     A command that prints results yields them: first the record that `--json` prints, then what is shown without it:
-    lines, and tables as (title, DataFrame) or (title, columns, rows).
+    lines, and tables as (title, DataFrame) or (title, columns, rows). Under a launcher the first process alone runs a
+    command that does not train, and prints.
     """
     signature, prints = inspect.signature(function).parameters, inspect.isgeneratorfunction(function)
     groups = {name: parameter.default for name, parameter in signature.items() if isinstance(parameter.default, Group)}
@@ -83,12 +85,17 @@ def as_command(function: Callable[..., Any]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(*, as_json: bool = False, **arguments: Any) -> None:
+        is_first = int(os.environ.get("RANK", "0")) == 0
+        if not is_first and function.__module__.rpartition(".")[2] not in TRAINING:
+            return
         read = inputs(arguments)
         for name, group in groups.items():
             arguments[name] = group.make(**{option: arguments.pop(option) for option in group.parameters})
         with sparing(read):
             output = function(**arguments)
             for index, part in enumerate(output if prints else ()):
+                if not is_first:
+                    break
                 if as_json and index == 0:
                     typer.echo(json.dumps(part, indent=2, default=str))
                 elif not as_json and index > 0:

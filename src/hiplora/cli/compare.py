@@ -55,8 +55,6 @@ def command(
     settings = CompareSettings(**{name: options[name] for name in CompareSettings.__dataclass_fields__})
     with told_to_repeat(out):
         results = compare(model, data, out, settings, overwrite=overwrite, tell=tell)
-    if not results:  # a process beside the first one of a launcher
-        return
     yield results
     yield f"Drift at held-out loss {results['equal']['loss']:.3f}, which all reach", summary(results)
     yield headline(results)

@@ -71,8 +71,6 @@ def command(
             result = train(loaded, folder, resume=resume, overwrite=overwrite)
     finally:
         log.removeHandler(to_stderr)
-    if int(os.environ.get("RANK", "0")) > 0:
-        return
     yield {"schema": 1, "kind": "training", "out": str(result.adapter), **result.summary()}
     yield f"{loaded.method.title} adapter in {result.adapter}", ["", "value"], result_rows(result)
     if not loaded.method.kind:

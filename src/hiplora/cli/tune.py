@@ -43,8 +43,6 @@ def command(
     settings = TuneSettings(**{name: options[name] for name in TuneSettings.__dataclass_fields__})
     with told_to_repeat(out):
         results = tune(model, data, out, settings, overwrite=overwrite, tell=tell)
-    if not results:  # a process beside the first one of a launcher
-        return
     yield results
     yield f"Within {max_drift:g} nats per token of {model}, on the worst text", summary(results)
     yield f"The base model's held-out loss is {results['base']['held_out_loss']:.3f}."
