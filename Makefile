@@ -12,7 +12,7 @@ STAMP := $(VENV)/.hiplora-setup
 # Each test process uses one thread: together they fill the cores.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup model demo test test-slow deepspeed torture lint bench docs floors wheel supply newest clean
+.PHONY: help setup model demo test test-slow deepspeed quantised torture lint bench docs floors wheel supply newest clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test       set up, fetch the real model, lint, run the fast tests"
 	@echo "make test-slow  the rest: real model, interrupted runs, several processes, a browser"
 	@echo "make deepspeed  install DeepSpeed beside the rest, and test that two processes train under it as one"
+	@echo "make quantised  install bitsandbytes, torchao and HQQ beside the rest, and test adapters over quantised bases"
 	@echo "make torture    kill, starve and rob the commands, and damage their files (an hour); writes the tables of docs/reliability.md"
 	@echo "make setup      create $(VENV) and install hiplora at the versions of constraints.txt"
 	@echo "make model      fetch SmolLM2-135M into the cache"
@@ -61,6 +62,12 @@ deepspeed: $(STAMP)
 	@DS_BUILD_OPS=0 $(PY) -m pip install -q --upgrade --target build/deepspeed --no-deps --no-build-isolation \
 		deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo
 	@PYTHONPATH=build/deepspeed $(PYTEST) -m slow -n 0 tests/contract/test_sharded.py -k deepspeed
+
+quantised: $(STAMP)
+	@$(PY) -m pip install -q --upgrade --target build/quantised --no-deps --no-build-isolation \
+		bitsandbytes==0.50.2 torchao==0.18.0 hqq==0.2.8
+	@PYTHONPATH=build/quantised $(PYTEST) -n 0 -m "slow or not slow" tests/contract/test_quantised.py \
+		tests/integration/test_train_4bit.py
 
 torture: $(STAMP)
 	@OMP_NUM_THREADS=1 $(PY) -m tools.torture

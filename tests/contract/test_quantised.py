@@ -7,7 +7,7 @@ import torch
 import hiplora
 from hiplora import HipLoraConfig
 from hiplora.errors import AdapterError
-from hiplora.tuner import frozen_weight, hip_layers
+from hiplora.tuner import frozen_weight
 from tests.contract.conftest import logits, train
 from tests.tiny import tiny_llama
 
@@ -32,7 +32,14 @@ def torchao_layer(module):
     return module
 
 
+def hqq_layer(module):
+    hqq = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
+    settings = hqq.BaseQuantizeConfig(nbits=4, group_size=32)
+    return hqq.HQQLinear(module, settings, compute_dtype=torch.float32, device="cpu")
+
+
 KINDS = {
+    "hqq": hqq_layer,
     "4bit": lambda module: bnb_layer(module, 4),
     "4bit double": lambda module: bnb_layer(module, 4, compress_statistics=True),
     "8bit": lambda module: bnb_layer(module, 8),
@@ -55,28 +62,29 @@ def quantised(kind):
     return model.train()
 
 
-@pytest.fixture
-def model(tiny):
-    return peft.get_peft_model(quantised("4bit"), tiny.config()).train()
-
-
 def fit(model, ids):
     losses = train(model, ids)
     model.train()
     return losses
 
 
-def test_a_four_bit_base_is_adapted_trained_saved_and_loaded(model, ids, tmp_path):
-    assert torch.equal(logits(model, ids), logits(quantised("4bit"), ids))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_base_is_adapted_trained_saved_and_loaded(tiny, ids, tmp_path, kind):
+    model = peft.get_peft_model(quantised(kind), tiny.config()).train()
+    assert torch.equal(logits(model, ids), logits(quantised(kind), ids))
     losses = fit(model, ids)
     assert losses[-1] < losses[0]
     assert hiplora.max_leak(model) < 1e-6
-    assert all(type(layer.get_base_layer()).__name__ == "Linear4bit" for _, layer in hip_layers(model))
+    kinds = {
+        type(quantised(kind).get_submodule(Q)),
+        type(model.get_submodule(f"base_model.model.{Q}").get_base_layer()),
+    }
+    assert len(kinds) == 1
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(quantised("4bit"), tmp_path).train()
-    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    loaded = peft.PeftModel.from_pretrained(quantised(kind), tmp_path).train()
+    assert torch.allclose(logits(loaded, ids), logits(model, ids), atol=1e-6)
 
-    with pytest.warns(UserWarning, match="bnb 4bit"):
+    with pytest.warns(UserWarning, match="another precision"):
         loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
     assert (logits(loaded, ids) - logits(model, ids)).norm() < 0.2 * logits(model, ids).norm()
     with pytest.raises(AdapterError, match="self_attn"):
