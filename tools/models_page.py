@@ -46,7 +46,8 @@ NOTES = """
   after the other, as transformers' "eager" implementation does.
 - **Trainers**: any loop with a `torch.optim.Optimizer` over the adapter's parameters; see
   [training](howto/train.md).
-- **Quantised bases**: bitsandbytes 4 and 8 bit, torchao int8, HQQ (`make quantised` tests them), and others that PEFT can dequantise.
+- **Quantised bases**: bitsandbytes 4 and 8 bit, torchao int8 and HQQ (`make quantised` tests
+  them), and other layers that PEFT can dequantise.
 - **Serving**: export as plain LoRA for vLLM, llama.cpp and stock PEFT, or as a whole model; see
   [adapters](howto/adapters.md).
 """
