@@ -26,7 +26,8 @@ help:
 	@echo "make model      fetch SmolLM2-135M into the cache"
 	@echo "make lint       formatting, style, types, import direction, documentation"
 	@echo "make docs       regenerate the reference and the tables of results, and build the site in build/site"
-	@echo "make bench      measure side by side: training against LoRA, calibration, SVDs, starting, the bootstrap, merges"
+	@echo "make bench      measure side by side: training against LoRA, calibration, SVDs, starting, the bootstrap,"
+	@echo "                merges, loading; with DATA=FOLDER also scoring"
 	@echo "make floors     run the tests of tuner and training with the oldest supported versions"
 	@echo "make wheel      build a wheel, twice the same, and try it in a bare environment"
 	@echo "make supply     list the dependencies' licences, and look for their known vulnerabilities"
@@ -81,6 +82,10 @@ bench: model
 	@$(PY) benchmarks/start.py --json "$(BENCH_OUT)/start.json"
 	@$(PY) benchmarks/bootstrap.py --json "$(BENCH_OUT)/bootstrap.json"
 	@$(PY) benchmarks/merge.py --json "$(BENCH_OUT)/merge.json"
+	@$(PY) benchmarks/load.py --json "$(BENCH_OUT)/load.json"
+ifdef DATA
+	@$(PY) benchmarks/scoring.py --data "$(DATA)" --json "$(BENCH_OUT)/evaluation.json"
+endif
 
 docs: $(STAMP)
 	@$(PY) -m tools.docs

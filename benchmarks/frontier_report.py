@@ -148,12 +148,14 @@ def abilities(out: Path) -> pd.DataFrame:
 
 
 def changed_tokens(records: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Return by KL and text the median share of next tokens chosen differently, over all points at about that KL."""
+    """Return by KL and text how many per cent of next tokens are chosen differently: the median at about that KL."""
     columns = records["metric"].str.split("/", expand=True)
     named = records.assign(metric=columns[0], text=columns[1])
     points = named.pivot_table(index=[*KEYS, "step", "scale", "text"], columns="metric", values="value").reset_index()
     near = {str(kl): points[points["kl"].between(0.8 * kl, 1.25 * kl)] for kl in (0.01, 0.1)}
-    return {kl: rows.groupby("text")["greedy_changed"].median().round(4).to_dict() for kl, rows in near.items()}
+    return {
+        kl: (100 * rows.groupby("text")["greedy_changed"].median()).round(2).to_dict() for kl, rows in near.items()
+    }
 
 
 def titled(methods: pd.Series) -> pd.Series:
