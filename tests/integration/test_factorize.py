@@ -133,7 +133,14 @@ def test_a_stopped_run_is_carried_on_by_the_next(tiny_model_dir, tmp_path, scrip
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_beside_the_first_process_of_a_launcher_a_command_does_nothing(tiny_model_dir, root, monkeypatch, capsys):
+def test_of_a_launchers_processes_the_first_alone_runs_a_command_that_does_not_train(
+    tiny_model_dir, root, monkeypatch, capsys
+):
     monkeypatch.setenv("RANK", "1")
     assert quietly(capsys, "factorize", tiny_model_dir, "--rank", "8") == ""
     assert not root.exists()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    succeed(capsys, "factorize", tiny_model_dir, "--rank", "8")
+    assert list(root.rglob("*.safetensors"))
+    assert "WORLD_SIZE" not in os.environ  # else whatever trains would wait for the others

@@ -86,8 +86,11 @@ def as_command(function: Callable[..., Any]) -> Callable[..., None]:
     @functools.wraps(function)
     def command(*, as_json: bool = False, **arguments: Any) -> None:
         is_first = int(os.environ.get("RANK", "0")) == 0
-        if not is_first and function.__module__.rpartition(".")[2] not in TRAINING:
-            return
+        if function.__module__.rpartition(".")[2] not in TRAINING:
+            if not is_first:
+                return
+            for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # nothing may wait for the others
+                os.environ.pop(variable, None)
         read = inputs(arguments)
         for name, group in groups.items():
             arguments[name] = group.make(**{option: arguments.pop(option) for option in group.parameters})
