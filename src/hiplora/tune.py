@@ -49,8 +49,7 @@ def tune(
     `recipe.yaml` is the setting whose held-out loss is lowest while the drift stays within the limit, at a mark along
     the training or with the finished adapter scaled down; it is not written if no setting learns within the limit.
     An unfinished search in `out` goes on where it stopped. Of several processes under a launcher all but the first
-    return nothing. ConfigError or DataError if settings, model, data or `out`
-    cannot be used, before a model loads.
+    return nothing. ConfigError or DataError if settings, model, data or `out` cannot be used, before a model loads.
     """
     settings = settings or TuneSettings()
     recipes = _recipes(model, data, settings)

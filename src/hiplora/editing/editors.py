@@ -233,7 +233,7 @@ def mlp_outputs(model: Any) -> list[str]:
     if model.config.is_encoder_decoder:
         return []
     with contextlib.suppress(ConfigError):  # no MLP was recognised
-        width, modules = model.config.get_text_config().hidden_size, dict(model.named_modules())
+        width, modules = getattr(model.config.get_text_config(), "hidden_size", None), dict(model.named_modules())
         for target in find_targets(model, HipLoraConfig()):
             layer, block = modules.get(target.name), block_of(target.name)
             editable = isinstance(layer, (nn.Linear, Conv1D)) and quantization(layer) is None
