@@ -133,8 +133,8 @@ def load(
             f"model {model}: its weights lack {len(missing)} of the parameters that config.json describes "
             f"({', '.join(missing[:3])}); save or download it again"
         )
-    for module in network.modules() if in_4bit is not None else ():
-        module.support_avx512bf16_for_cpu = False  # else a pass in evaluation would round weights, to pack them
+    for layer in (module for module in network.modules() if hasattr(module, "support_avx512bf16_for_cpu")):
+        layer.support_avx512bf16_for_cpu = False  # else a pass in evaluation would round its weights, to pack them
     if kind is AutoModelForCausalLM:
         with _loading(model):
             ahead = looks_ahead(network.eval())

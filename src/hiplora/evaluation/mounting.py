@@ -15,7 +15,6 @@ from hiplora.adapters import AdapterUpdate, attached, linear_layer
 from hiplora.errors import AdapterError, ConfigError, first_line
 from hiplora.evaluation.drift import DIVERGED
 from hiplora.positions import within_context
-from hiplora.tuner import keep_unpacked
 from hiplora.tuner.experts import unrolled
 
 BASE = "base"  # the base model's name in results, which no adapter may have
@@ -32,7 +31,6 @@ def load_model(model: str, device: str = "auto") -> tuple[Any, Any]:
 
     place, dtype = measuring_place(device)
     network, tokenizer = load(model, dtype)
-    keep_unpacked(network)  # which an adapter would undo
     return network.to(place).requires_grad_(False), tokenizer
 
 

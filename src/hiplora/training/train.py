@@ -127,13 +127,11 @@ def _trainer(
     from hiplora.training.losses import TokenLoss, kl_penalty
     from hiplora.training.trainer import AdapterTrainer, Record
     from hiplora.training.widen import put_on_widened
-    from hiplora.tuner import keep_unpacked
 
     method, settings, processes = recipe.method, recipe.train, PartialState()
     model, tokenizer = load(
         recipe.model, torch_dtype(settings.dtype), processes.device if settings.load_in_4bit else None
     )
-    keep_unpacked(model)  # so that the model computes the same before and after the adapter is put on
     if torch.cuda.is_available():
         if not settings.load_in_4bit:  # such a model is on the device already
             model.to(processes.device)
