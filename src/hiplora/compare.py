@@ -119,7 +119,8 @@ def compare(
         trainings.follow(folder)
         return {}
     with trainings.measured(folder, titles, texts, questions, overwrite=overwrite, tell=tell) as (shared, runs):
-        adapts = {key: METHODS["lora" if _has_one_kind(skeleton(model)) else key].adapts for key in recipes}
+        has_one_kind = _has_one_kind(trainings.network)
+        adapts = {key: METHODS["lora" if has_one_kind else key].adapts for key in recipes}
         records = {titles[key]: {"adapts": adapts[key], **record} for key, record in runs.items()}
         adapters = {titles[key]: folder.path / "adapters" / key for key in recipes}
         base = trainings.base
@@ -168,12 +169,8 @@ def method_recipes(
             f"--batch-size {settings.batch_size}: is no multiple of the {processes} processes that share it"
         )
     train = {name: getattr(settings, name) for name in ("steps", "lr", "max_length")}
-    train |= {
-        "batch_size": settings.batch_size // processes,
-        "gradient_accumulation": processes,
-        "packing": False,
-        "nonzero_warmup": True,
-    }
+    train |= {"batch_size": settings.batch_size // processes, "gradient_accumulation": processes}
+    train |= {"packing": False, "nonzero_warmup": True}
     train |= {"save_every": max(1, -(-settings.steps // MARKS)), "keep_checkpoints": MARKS + 1}
     shared = {"model": model, "data": {"path": str(data), **split}, "train": train, "seed": settings.seed}
     shared = absolute_paths(shared, Path.cwd())  # recipes are read from their own folders

@@ -43,8 +43,9 @@ Tell = Callable[[str], None]
 class Trainings:
     """Recipes that train one model on the same rows, to be measured along the way; `base` loads the bare model once.
 
-    `settings`, a dataclass, made the recipes. Of several processes under a launcher all train, and the first one does
-    the rest: it is the one that `leads`. ConfigError or DataError if model or data cannot be used.
+    `network` is the model without weights; `settings`, a dataclass, made the recipes. Of several processes under a
+    launcher all train, and the first one does the rest: it is the one that `leads`. ConfigError or DataError if model
+    or data cannot be used.
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class Trainings:
     ) -> None:
         self.kind, self.model, self.data, self.recipes, self.settings = kind, model, data, recipes, settings
         self.leads = PartialState(cpu=not torch.cuda.is_available()).is_main_process
-        self.tokenizer, self.limit = load_tokenizer(model), position_limit(skeleton(model)) or sys.maxsize
+        self.network = skeleton(model)
+        self.tokenizer, self.limit = load_tokenizer(model), position_limit(self.network) or sys.maxsize
         self.rows = load_data(next(iter(recipes.values())).data, chat=bool(self.tokenizer.chat_template))
         self.length = min(settings.max_length, self.limit)
         self.base = functools.cache(lambda: Base(model, self.rows.held_out, settings.max_length))
